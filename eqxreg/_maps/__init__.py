@@ -1,0 +1,17 @@
+"""The maps: small pure functions of a weight, one file for each family."""
+
+from ._base import Parametrization as Parametrization, Projection as Projection
+from ._combine import Chain as Chain, StraightThrough as StraightThrough
+from ._elementwise import (
+    Box as Box,
+    Interval as Interval,
+    NonNegative as NonNegative,
+    Positive as Positive,
+)
+from ._norm import (
+    MaxNorm as MaxNorm,
+    MinMaxNorm as MinMaxNorm,
+    UnitNorm as UnitNorm,
+    WeightNorm as WeightNorm,
+)
+from ._simplex import Simplex as Simplex

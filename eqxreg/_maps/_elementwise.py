@@ -1,0 +1,306 @@
+"""Maps that act on each entry of a weight by itself."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Inexact
+
+from .._norms import widen
+from ._base import (
+    Bound,
+    Number,
+    Parametrization,
+    Projection,
+    Schedule,
+    Shaped,
+    bound_value,
+    check_bound,
+    check_dtype,
+    check_order,
+)
+
+
+def clip(
+    weight: Float[Array, "*shape"],
+    lower: Float[Array, ""] | None,
+    upper: Float[Array, ""] | None,
+) -> Float[Array, "*shape"]:
+    """`weight` between `lower` and `upper`, either of which may be missing.
+
+    NaNs and infinities stay, unlike in `jnp.clip`. The derivative is 1 inside, bounds
+    included, and 0 outside.
+    """
+    clipped = weight
+    if upper is not None:
+        clipped = jnp.where(weight > upper, upper, clipped)
+    if lower is not None:
+        clipped = jnp.where(weight < lower, lower, clipped)
+    return _keep_infinities(weight, clipped)
+
+
+class NonNegative(Projection):
+    r"""The weights without negative entries: $w_i \mapsto \max(w_i, 0)$.
+
+    In the forward pass an entry that is negative gets no gradient, and never comes
+    back. There, [`eqxreg.Positive`][] or
+    `eqxreg.StraightThrough(eqxreg.NonNegative())` keeps weights alive; in
+    [`eqxreg.project`][] nothing is lost.
+
+    !!! example
+
+        ```python
+        >>> import jax.numpy as jnp
+        >>> import eqxreg
+        >>> print(eqxreg.NonNegative()(jnp.array([-1.0, 0.0, 2.0])))
+        [0. 0. 2.]
+
+        ```
+    """
+
+    def check(self, weight: Shaped) -> None:
+        check_dtype(weight, complex_for="NonNegative")
+
+    def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+        self.check(raw)
+        return clip(raw, jnp.zeros((), raw.dtype), None)
+
+
+class Box(Projection):
+    r"""The weights with entries between two bounds:
+    $w_i \mapsto \min(\max(w_i, l), u)$.
+
+    !!! example
+
+        ```python
+        >>> import jax.numpy as jnp
+        >>> import eqxreg
+        >>> print(eqxreg.Box(-1.0, 0.5)(jnp.array([-3.0, 0.25, 2.0])))
+        [-1.    0.25  0.5 ]
+
+        ```
+    """
+
+    lower: Number | Array | Schedule
+    upper: Number | Array | Schedule
+
+    def __init__(self, lower: Bound, upper: Bound):
+        r"""**Arguments:**
+
+        - `lower`, `upper`: the bounds $l \le u$: numbers, JAX scalar arrays or
+            schedules. Either may be infinite.
+
+        **Raises:**
+
+        - `ValueError`: if a bound is NaN, or `lower > upper`.
+        """
+        self.lower = check_bound(lower, "lower")
+        self.upper = check_bound(upper, "upper")
+        check_order(self.lower, self.upper, ("lower", "upper"), strict=False)
+
+    def check(self, weight: Shaped) -> None:
+        check_dtype(weight, complex_for="Box")
+
+    def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+        self.check(raw)
+        upper = bound_value(self.upper, raw.dtype)
+        lower = bound_value(self.lower, raw.dtype, toward=math.inf)
+        # Rounded towards the inside, two bounds that were equal may have crossed.
+        return clip(raw, jnp.minimum(lower, upper), upper)
+
+
+class _OpenMap(NamedTuple):
+    forward: Callable[[Array], Array]
+    inverse: Callable[[Array], Array]
+
+
+_POSITIVE = {
+    # log(exp(w) - 1) without overflow for large w or cancellation for small w.
+    "softplus": _OpenMap(jax.nn.softplus, lambda w: w + jnp.log(-jnp.expm1(-w))),
+    "exp": _OpenMap(jnp.exp, jnp.log),
+}
+
+
+class Positive(Parametrization):
+    r"""The positive weights, as the image of all weights:
+    $w = \log(1 + e^v)$ or $w = e^v$.
+
+    Unlike under [`eqxreg.NonNegative`][], no weight is ever dead.
+
+    !!! example
+
+        ```python
+        >>> import jax.numpy as jnp
+        >>> import eqxreg
+        >>> positive = eqxreg.Positive()
+        >>> raw = positive.inverse(jnp.array([0.5, 2.0]))
+        >>> with jnp.printoptions(precision=3):
+        ...     print(positive(raw))
+        [0.5 2. ]
+
+        ```
+    """
+
+    map: str = eqx.field(static=True)
+
+    def __init__(self, map: str = "softplus"):
+        """**Arguments:**
+
+        - `map`: `"softplus"` or `"exp"`. Defaults to `"softplus"`.
+
+        **Raises:**
+
+        - `ValueError`: if there is no map of this name.
+        """
+        if map not in _POSITIVE:
+            names = " or ".join(f'"{name}"' for name in _POSITIVE)
+            raise ValueError(f"`map` must be {names}, got {map!r}.")
+        self.map = map
+
+    def check(self, weight: Shaped) -> None:
+        check_dtype(weight, complex_for="Positive")
+
+    def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+        self.check(raw)
+        weight = _POSITIVE[self.map].forward(widen(raw)).astype(raw.dtype)
+        # Far out, both maps round to zero, which is not in the set.
+        return _keep_infinities(raw, jnp.maximum(weight, _smallest(raw.dtype)))
+
+    def inverse(self, weight: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+        """**Arguments:**
+
+        - `weight`: a floating array with positive entries.
+
+        **Returns:**
+
+        The raw weight: `log(exp(weight) - 1)` or `log(weight)`.
+
+        **Raises:**
+
+        - `ValueError`: if an entry is not positive. For a traced weight, at run time,
+            by `eqx.error_if`.
+        """
+        self.check(weight)
+        weight = _check_values(
+            weight,
+            weight > 0,
+            "`Positive` needs a weight whose entries are all positive, and this one "
+            "has others. Initialise the layer with positive weights first, such as "
+            "`eqx.tree_at(lambda l: l.weight, layer, jnp.abs(layer.weight) + 1e-3)`.",
+        )
+        return _POSITIVE[self.map].inverse(widen(weight)).astype(weight.dtype)
+
+
+class Interval(Parametrization):
+    r"""The weights strictly between two bounds, as the image of all weights:
+    $w = l + (u - l) / (1 + e^{-v})$.
+
+    !!! example
+
+        ```python
+        >>> import jax.numpy as jnp
+        >>> import eqxreg
+        >>> print(eqxreg.Interval(-1.0, 3.0)(jnp.array([0.0, 0.0])))
+        [1. 1.]
+
+        ```
+    """
+
+    lower: Number | Array | Schedule
+    upper: Number | Array | Schedule
+
+    def __init__(self, lower: Bound, upper: Bound):
+        """**Arguments:**
+
+        - `lower`, `upper`: the bounds $l < u$, finite: numbers or JAX scalar arrays.
+
+        **Raises:**
+
+        - `ValueError`: if a bound is not finite, or `lower >= upper`.
+        """
+        self.lower = check_bound(lower, "lower")
+        self.upper = check_bound(upper, "upper")
+        for name in ("lower", "upper"):
+            bound = getattr(self, name)
+            if isinstance(bound, Number) and math.isinf(bound):
+                raise ValueError(
+                    f"`{name}` must be finite, got {bound}. For one bound only, shift "
+                    "`eqxreg.Positive`."
+                )
+        check_order(self.lower, self.upper, ("lower", "upper"), strict=True)
+
+    def check(self, weight: Shaped) -> None:
+        check_dtype(weight, complex_for="Interval")
+
+    def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+        self.check(raw)
+        wide = widen(raw)
+        lower, upper = self._bounds(wide.dtype)
+        share = jax.nn.sigmoid(wide)
+        weight = (lower * (1 - share) + upper * share).astype(raw.dtype)
+        # The outermost weights within, for rounding may have reached the bounds.
+        lower, upper = self._bounds(raw.dtype)
+        step = _smallest(raw.dtype)
+        first = jnp.where(lower == 0, step, jnp.nextafter(lower, upper))
+        last = jnp.where(upper == 0, -step, jnp.nextafter(upper, lower))
+        inside = jnp.minimum(jnp.maximum(weight, first), last)
+        return _keep_infinities(raw, inside)
+
+    def inverse(self, weight: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+        """**Arguments:**
+
+        - `weight`: a floating array with entries strictly between the bounds.
+
+        **Returns:**
+
+        The raw weight: `log((weight - lower) / (upper - weight))`.
+
+        **Raises:**
+
+        - `ValueError`: if an entry is not strictly between the bounds. For a traced
+            weight, at run time, by `eqx.error_if`.
+        """
+        self.check(weight)
+        wide = widen(weight)
+        lower, upper = self._bounds(wide.dtype)
+        wide = _check_values(
+            wide,
+            (wide > lower) & (wide < upper),
+            "`Interval` needs a weight whose entries are all strictly between `lower` "
+            "and `upper`, and this one has others. Initialise the layer inside first, "
+            "such as `eqx.tree_at(lambda l: l.weight, layer, interval(layer.weight))`.",
+        )
+        raw = jnp.log(wide - lower) - jnp.log(upper - wide)
+        return raw.astype(weight.dtype)
+
+    def _bounds(self, dtype) -> tuple[Array, Array]:
+        lower = bound_value(self.lower, dtype, toward=math.inf)
+        return lower, bound_value(self.upper, dtype)
+
+
+def _smallest(dtype) -> Array:
+    """The smallest positive number that arithmetic does not flush to zero: float16 is
+    computed with in float32, where its subnormal numbers are normal."""
+    info = jnp.finfo(dtype)
+    wider = info.tiny > jnp.finfo(jnp.float32).tiny
+    return jnp.asarray(info.smallest_subnormal if wider else info.tiny, dtype)
+
+
+def _keep_infinities(raw: Array, weight: Array) -> Array:
+    return jnp.where(jnp.isinf(raw), raw, weight)
+
+
+def _check_values(
+    weight: Float[Array, "*shape"], fine: Bool[Array, "*shape"], message: str
+) -> Float[Array, "*shape"]:
+    """`weight`, after checking that all of it is `fine`: now, or when it is known."""
+    if isinstance(fine, Tracer):
+        return eqx.error_if(weight, ~jnp.all(fine), message)
+    if not np.all(np.asarray(fine)):
+        raise ValueError(message)
+    return weight

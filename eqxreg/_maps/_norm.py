@@ -1,0 +1,315 @@
+r"""Maps that move the norm of a weight, or of each of its units.
+
+The work is done elsewhere: in `_rescale.py` where the nearest point is a multiple of
+the weight; where it is not, for `ord` 1 and inf, in `_simplex.py` and
+`_elementwise.py`.
+"""
+
+import functools as ft
+import math
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Inexact
+
+from .._norms import (
+    Axis,
+    AxisLike,
+    check_axis,
+    resolve_axes,
+    tolerance,
+    wide_dtype,
+    widen,
+    with_derivative_of,
+)
+from ._base import (
+    Bound,
+    Number,
+    Parametrization,
+    Projection,
+    Schedule,
+    Shaped,
+    bound_value,
+    check_bound,
+    check_dtype,
+    check_order,
+)
+from ._elementwise import clip
+from ._rescale import at_most, between, exactly, norms_of, rescale
+from ._simplex import project_to_l1_ball
+
+
+class _NormMap(Projection):
+    """What the maps of this file share: an `axis` that a weight must have."""
+
+    axis: eqx.AbstractVar[Axis]
+
+    def check(self, weight: Shaped) -> None:
+        check_dtype(weight)
+        resolve_axes(self.axis, weight.ndim)
+
+
+class MaxNorm(_NormMap):
+    r"""The weights, or units, of norm at most `max_norm`.
+
+    For `ord=2`,
+
+    $$w \mapsto w \min\left(1, \frac{c}{\lVert w \rVert_2}\right),$$
+
+    and for each `ord` the nearest point of the ball. Inside the ball a weight is left
+    alone, bit for bit, and the gradient is that of the identity; the boundary counts as
+    inside. Outside, the gradient is the tangential part, times $c / \lVert w \rVert$.
+
+    With `axis="unit"` (recommended) this is max-norm regularisation as it was proposed:
+    a bound on the incoming weights of each unit or filter. Common bounds are 1 to 4.
+
+    !!! example
+
+        ```python
+        >>> import jax.numpy as jnp
+        >>> import eqxreg
+        >>> weight = jnp.array([[3.0, 4.0], [0.3, 0.4]])
+        >>> with jnp.printoptions(precision=3):
+        ...     print(eqxreg.MaxNorm(1.0, axis="unit")(weight))
+        [[0.6 0.8]
+         [0.3 0.4]]
+
+        ```
+
+    ??? cite
+
+        Max-norm: [Dropout: A Simple Way to Prevent Neural Networks from
+        Overfitting](https://jmlr.org/papers/v15/srivastava14a.html), Srivastava,
+        Hinton, Krizhevsky, Sutskever and Salakhutdinov, JMLR 15 (2014).
+    """
+
+    max_norm: Number | Array | Schedule
+    axis: Axis = eqx.field(static=True)
+    ord: int | float = eqx.field(static=True)
+
+    def __init__(self, max_norm: Bound, axis: AxisLike = None, ord: int | float = 2):
+        """**Arguments:**
+
+        - `max_norm`: the bound $c$: a positive number, JAX scalar array or schedule.
+        - `axis`: the axes that one norm is taken over: `None` for one norm of the whole
+            weight, `"unit"` for every axis but the first, an int or a tuple of ints.
+            Defaults to `None`.
+        - `ord`: which norm: 1, 2 or `jnp.inf`. Defaults to 2.
+
+        **Raises:**
+
+        - `ValueError`: if `max_norm` is not positive and finite, or `axis` or `ord` is
+            none of the above.
+        """
+        self.max_norm = check_bound(max_norm, "max_norm", minimum=0, strict=True)
+        self.axis = check_axis(axis)
+        if isinstance(ord, bool) or ord not in (1, 2, math.inf):
+            raise ValueError(f"`ord` must be 1, 2 or `jnp.inf`, got {ord!r}.")
+        self.ord = ord
+
+    def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+        self.check(raw)
+        if self.ord == 1:
+            axes = resolve_axes(self.axis, raw.ndim)
+            wide = wide_dtype(raw.dtype)
+            return project_to_l1_ball(raw, bound_value(self.max_norm, wide), axes)
+        if self.ord == math.inf and not jnp.iscomplexobj(raw):
+            bound = bound_value(self.max_norm, raw.dtype)
+            return clip(raw, -bound, bound)
+        # The largest magnitude is bounded where each magnitude is.
+        axes = () if self.ord == math.inf else resolve_axes(self.axis, raw.ndim)
+        bound = bound_value(self.max_norm, wide_dtype(raw.dtype))
+        return rescale(at_most, axes, raw, bound)
+
+
+class MinMaxNorm(_NormMap):
+    r"""The weights, or units, of norm between `min_norm` and `max_norm`.
+
+    $$w \mapsto \rho\, w\, \frac{\mathrm{clip}(\lVert w \rVert, a, b)}{\lVert w \rVert}
+    + (1 - \rho)\, w.$$
+
+    Between the bounds a weight is left alone, bit for bit. A zero vector has no
+    direction: it stays zero, with the gradient of the identity, also if `min_norm` is
+    positive.
+
+    With `rate` $\rho < 1$ a weight moves only part of the way, as in Keras. The map is
+    then not idempotent, and the bounds hold only in the limit of many applications.
+
+    !!! example
+
+        ```python
+        >>> import jax.numpy as jnp
+        >>> import eqxreg
+        >>> weight = jnp.array([[3.0, 4.0], [0.3, 0.4]])
+        >>> with jnp.printoptions(precision=3):
+        ...     print(eqxreg.MinMaxNorm(1.0, 2.0, axis="unit")(weight))
+        [[1.2 1.6]
+         [0.6 0.8]]
+
+        ```
+    """
+
+    min_norm: Number | Array | Schedule
+    max_norm: Number | Array | Schedule
+    rate: float = eqx.field(static=True)
+    axis: Axis = eqx.field(static=True)
+
+    def __init__(
+        self,
+        min_norm: Bound,
+        max_norm: Bound,
+        rate: float | int | np.number = 1.0,
+        axis: AxisLike = None,
+    ):
+        """**Arguments:**
+
+        - `min_norm`: the lower bound $a$, not negative. A number, JAX scalar array or
+            schedule.
+        - `max_norm`: the upper bound $b$, positive and not below `min_norm`.
+        - `rate`: how much of the way to go, in (0, 1]. Defaults to 1: all of it.
+        - `axis`: the axes that one norm is taken over, as in [`eqxreg.MaxNorm`][].
+            Defaults to `None`, one norm of the whole weight; `"unit"` is recommended.
+
+        **Raises:**
+
+        - `ValueError`: if a bound is out of range, `min_norm > max_norm`, `rate` is not
+            in (0, 1], or `axis` is unknown.
+        """
+        self.min_norm = check_bound(min_norm, "min_norm", minimum=0)
+        self.max_norm = check_bound(max_norm, "max_norm", minimum=0, strict=True)
+        names = ("min_norm", "max_norm")
+        check_order(self.min_norm, self.max_norm, names, strict=False)
+        if not isinstance(rate, int | float | np.number) or not 0 < rate <= 1:
+            raise ValueError(f"`rate` must be in (0, 1], got {rate!r}.")
+        self.rate = float(rate)
+        self.axis = check_axis(axis)
+
+    def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+        self.check(raw)
+        wide = wide_dtype(raw.dtype)
+        low = bound_value(self.min_norm, wide, toward=math.inf)
+        high = bound_value(self.max_norm, wide)
+        plan = ft.partial(between, rate=self.rate)
+        return rescale(plan, resolve_axes(self.axis, raw.ndim), raw, low, high)
+
+    def contains(
+        self, weight: Inexact[Array, "..."], tol: ArrayLike | None = None
+    ) -> Bool[Array, ""]:
+        return _contains(self.axis, weight, self.min_norm, self.max_norm, tol)
+
+
+class UnitNorm(_NormMap):
+    r"""The weights, or units, of norm exactly `norm`: the sphere.
+
+    $$w \mapsto \frac{c\, w}{\lVert w \rVert}.$$
+
+    The gradient is the tangential part, times $c / \lVert w \rVert$, everywhere but at
+    zero. A zero vector has no direction: it stays zero, with the gradient of the
+    identity, so that it can leave.
+
+    !!! example
+
+        ```python
+        >>> import jax.numpy as jnp
+        >>> import eqxreg
+        >>> weight = jnp.array([[3.0, 4.0], [0.0, 0.0]])
+        >>> with jnp.printoptions(precision=3):
+        ...     print(eqxreg.UnitNorm(axis="unit")(weight))
+        [[0.6 0.8]
+         [0.  0. ]]
+
+        ```
+    """
+
+    norm: Number | Array | Schedule
+    axis: Axis = eqx.field(static=True)
+
+    def __init__(self, norm: Bound = 1.0, axis: AxisLike = None):
+        """**Arguments:**
+
+        - `norm`: the norm $c$: a positive number, JAX scalar array or schedule.
+            Defaults to 1.
+        - `axis`: the axes that one norm is taken over, as in [`eqxreg.MaxNorm`][].
+            Defaults to `None`, one norm of the whole weight; `"unit"` is recommended.
+
+        **Raises:**
+
+        - `ValueError`: if `norm` is not positive and finite, or `axis` is unknown.
+        """
+        self.norm = check_bound(norm, "norm", minimum=0, strict=True)
+        self.axis = check_axis(axis)
+
+    def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+        self.check(raw)
+        bound = bound_value(self.norm, wide_dtype(raw.dtype))
+        return rescale(exactly, resolve_axes(self.axis, raw.ndim), raw, bound)
+
+    def contains(
+        self, weight: Inexact[Array, "..."], tol: ArrayLike | None = None
+    ) -> Bool[Array, ""]:
+        return _contains(self.axis, weight, self.norm, self.norm, tol)
+
+
+class WeightNorm(Parametrization):
+    r"""$w = g\, v / \lVert v \rVert$, with a trained gain for each slice.
+
+    The one map with something to train: `bind` sets the gain to the norms of the weight
+    that is wrapped. `WeightNormConstraint` is its public face.
+    """
+
+    gain: Inexact[Array, "..."] | None
+    axis: Axis = eqx.field(static=True)
+
+    def __init__(self, axis: AxisLike = "unit", gain: Array | None = None):
+        self.gain = gain
+        self.axis = check_axis(axis)
+
+    def check(self, weight: Shaped) -> None:
+        check_dtype(weight)
+        resolve_axes(self.axis, weight.ndim)
+
+    def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+        if self.gain is None:
+            raise ValueError("Weight normalisation has no gain before it is bound.")
+        axes = resolve_axes(self.axis, raw.ndim)
+        norms, wide = norms_of(raw, axes), widen(raw)
+        gain = self.gain.astype(norms.norm.dtype)
+        factor = (gain / jnp.where(norms.nonzero, norms.norm, 1)).astype(wide.dtype)
+        value = wide * norms.scale.astype(wide.dtype) * factor
+        # In this form a gain that starts as the norm changes no bit of the weight. Its
+        # derivative is that of gain times direction; at zero, where there is none, it
+        # is the identity, which lets `raw` find one.
+        direction = rescale(exactly, axes, wide, jnp.ones((), norms.norm.dtype))
+        product = direction * jnp.where(norms.nonzero, gain, 1).astype(wide.dtype)
+        value = jnp.where(norms.nonzero, value, wide)
+        return with_derivative_of(value, product).astype(raw.dtype)
+
+    def inverse(self, weight: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+        return weight
+
+    def bind(
+        self, weight: Inexact[Array, "*shape"]
+    ) -> tuple["WeightNorm", Inexact[Array, "*shape"]]:
+        norms = norms_of(weight, resolve_axes(self.axis, weight.ndim))
+        # In single precision at least: the norm of a half-precision weight may be out
+        # of its range.
+        gain = norms.norm / norms.scale
+        return WeightNorm(self.axis, gain), weight
+
+
+def _contains(
+    axis: Axis,
+    weight: Inexact[Array, "..."],
+    low: Number | Array | Schedule,
+    high: Number | Array | Schedule,
+    tol: ArrayLike | None,
+) -> Bool[Array, ""]:
+    """Whether all norms are between the bounds. By norms, not by the distance, for a
+    zero vector is far from a sphere and yet stays where it is."""
+    norms = norms_of(weight, resolve_axes(axis, weight.ndim))
+    wide = norms.norm.dtype
+    tol = tolerance(weight.dtype) if tol is None else tol
+    too_short = norms.below(bound_value(low, wide) * (1 - tol))
+    too_long = norms.above(bound_value(high, wide) * (1 + tol))
+    return jnp.all(jnp.isfinite(norms.norm) & ~too_short & ~too_long)
