@@ -1,0 +1,127 @@
+"""What is known of Equinox's layers: which of their arrays are what, and of what rank.
+
+The one place with names of layers and of their fields. Selectors read it to tell
+weights from biases; wrappers read it to tell a weight from a stack of weights.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import equinox as eqx
+import jax
+
+from ._maps import Parametrization, WeightNorm
+
+
+Role: TypeAlias = Literal[
+    "weight", "bias", "embedding", "scale", "shift", "gain", "bound", "state", "other"
+]
+"""What an array is to the layer that owns it. `scale` and `shift` are those of a
+normalisation, `gain` is that of weight normalisation, `bound` is a map's."""
+
+NORMALISATIONS = (
+    eqx.nn.LayerNorm,
+    eqx.nn.GroupNorm,
+    eqx.nn.RMSNorm,
+    eqx.nn.BatchNorm,
+)
+
+_RECURRENT: dict[str, Role] = {
+    "weight_ih": "weight",
+    "weight_hh": "weight",
+    "bias": "bias",
+    "bias_n": "bias",
+}
+_ROLES: dict[type | tuple[type, ...], dict[str, Role]] = {
+    eqx.nn.Embedding: {"weight": "embedding"},
+    (eqx.nn.GRUCell, eqx.nn.LSTMCell): _RECURRENT,
+    NORMALISATIONS: {"weight": "scale", "bias": "shift"},
+    eqx.nn.PReLU: {"negative_slope": "other"},
+    eqx.nn.WeightNorm: {"g": "gain"},
+    WeightNorm: {"gain": "gain"},
+}
+
+_Rank: TypeAlias = Callable[[Any], int]
+_RANKS: dict[type | tuple[type, ...], dict[str, _Rank]] = {
+    eqx.nn.Linear: {"weight": lambda _: 2, "bias": lambda _: 1},
+    (eqx.nn.Conv, eqx.nn.ConvTranspose): {
+        "weight": lambda layer: layer.num_spatial_dims + 2,
+        "bias": lambda layer: layer.num_spatial_dims + 1,
+    },
+    (eqx.nn.GRUCell, eqx.nn.LSTMCell): {
+        "weight_ih": lambda _: 2,
+        "weight_hh": lambda _: 2,
+        "bias": lambda _: 1,
+        "bias_n": lambda _: 1,
+    },
+    eqx.nn.Embedding: {"weight": lambda _: 2},
+    (eqx.nn.LayerNorm, eqx.nn.RMSNorm): {
+        "weight": lambda layer: len(layer.shape),
+        "bias": lambda layer: len(layer.shape),
+    },
+    (eqx.nn.GroupNorm, eqx.nn.BatchNorm): {
+        "weight": lambda _: 1,
+        "bias": lambda _: 1,
+    },
+}
+
+
+def role(owner: Any, name: str) -> Role:
+    """What the array `name` of the layer `owner` is. Decided by the layer's type and,
+    in modules of your own, by the name; never by the array's shape."""
+    if isinstance(owner, (eqx.nn.StateIndex, eqx.nn.State)):
+        return "state"
+    for types, roles in _ROLES.items():
+        if isinstance(owner, types) and name in roles:
+            return roles[name]
+    if isinstance(owner, Parametrization):
+        return "bound"
+    named = _role_by_name(name)
+    # A normalisation of your own, such as `LayerNorm2d`, is told by its name.
+    is_norm = re.search(r"Norm(\dd)?$", type(owner).__name__)
+    if is_norm and named in ("weight", "bias"):
+        return "scale" if named == "weight" else "shift"
+    return named
+
+
+def rank(owner: Any, name: str, ndim: int) -> int:
+    """The rank of the array `name` in one layer of this type, whatever stack the layer
+    is in now; `ndim`, the array's own rank, where the type does not tell."""
+    for types, ranks in _RANKS.items():
+        if isinstance(owner, types) and name in ranks:
+            return ranks[name](owner)
+    return ndim
+
+
+def is_wrapper(node: Any) -> bool:
+    """Whether `node` is a wrapper: ours, or one that works as ours do, for it rewrites
+    the array `weight_name` of its `layer` with `tree_at` and calls the layer. So do
+    `eqx.nn.SpectralNorm` and `eqx.nn.WeightNorm`."""
+    fields = getattr(type(node), "__dataclass_fields__", {})
+    return isinstance(node, eqx.Module) and {"layer", "weight_name"} <= fields.keys()
+
+
+def is_tied(leaf: Any) -> bool:
+    """Whether `leaf` is what `eqx.nn.Shared` leaves in the place of a tied array."""
+    return isinstance(leaf, _SharedNode)
+
+
+def _role_by_name(name: str) -> Role:
+    for stem in ("weight", "kernel", "bias", "embedding"):
+        if name == stem or name.endswith(f"_{stem}"):
+            return "weight" if stem == "kernel" else stem
+    for stem in ("weight", "bias"):
+        if name.startswith(f"{stem}_"):
+            return stem
+    return "other"
+
+
+def _shared_node_type() -> type:
+    # The placeholder's class is not public, so we look at one.
+    shared = eqx.nn.Shared((0.0, 0.0), lambda pair: pair[1], lambda pair: pair[0])
+    [node] = [x for x in jax.tree.leaves(shared) if type(x).__name__ == "SharedNode"]
+    return type(node)
+
+
+_SharedNode = _shared_node_type()
