@@ -1,0 +1,222 @@
+"""Whole models: wrap the layers of one, unwrap them, project its weights."""
+
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+from jaxtyping import PRNGKeyArray, PyTree
+
+from ._layers import is_tied, is_wrapper
+from ._maps import Parametrization, Projection
+from ._norms import per_layer
+from ._paths import unwrapped
+from ._select import Site, require_selection, sites, weights
+from ._wrappers import Constraint, evaluate, needs_state
+
+
+_Model = TypeVar("_Model")
+
+
+def constrain(
+    model: PyTree,
+    parametrization: Parametrization,
+    where: Any = weights,
+    *,
+    key: PRNGKeyArray | None = None,
+) -> PyTree:
+    """Wraps every layer that owns a selected weight in an [`eqxreg.Constraint`][].
+
+    A layer that is wrapped already is wrapped outside, so that the newest promise is
+    the outermost. A module that owns a selected array but cannot be called is left as
+    it is, and the first callable module around it is wrapped. Where `eqx.nn.Shared`
+    ties an array to a selected one, its layer is wrapped too.
+
+    **Arguments:**
+
+    - `model`: any PyTree of layers, such as a model.
+    - `parametrization`: the map, such as [`eqxreg.MaxNorm`][].
+    - `where`: which weights: a selector, or a tree of booleans. Defaults to
+        [`eqxreg.weights`][].
+    - `key`: randomness for maps whose wrappers draw some; none of the present ones
+        does. (Keyword only argument.)
+
+    **Returns:**
+
+    The model, with wrappers around some of its layers.
+
+    **Raises:**
+
+    - `ValueError`: if nothing is selected, or a selected array is in no module.
+    - Whatever [`eqxreg.Constraint`][] raises.
+
+    !!! example
+
+        ```python
+        >>> import equinox as eqx
+        >>> import jax
+        >>> import eqxreg
+        >>> mlp = eqx.nn.MLP(4, 2, 8, depth=2, key=jax.random.key(0))
+        >>> mlp = eqxreg.constrain(mlp, eqxreg.MaxNorm(1.0, axis="unit"))
+        >>> type(mlp.layers[0]).__name__
+        'Constraint'
+
+        ```
+    """
+    del key
+    chosen = require_selection(where, model, "where")
+    found = sites(model)
+    sources = {id(s.leaf) for s, c in zip(found, chosen, strict=True) if c}
+    tied = _tied_to(sources, model)
+    names: dict[tuple, list[str]] = {}
+    for site, is_chosen in zip(found, chosen, strict=True):
+        if is_chosen or id(site.leaf) in tied:
+            depth = _wrapping_depth(site)
+            names.setdefault(site.entries[:depth], []).append(site.dotted(depth))
+
+    def wrap(node: Any, entries: tuple) -> Any:
+        node = _map_children(wrap, node, entries)
+        here = names.get(entries, [])
+        if not here:
+            return node
+        return Constraint(node, here[0] if len(here) == 1 else here, parametrization)
+
+    return wrap(model, ())
+
+
+def _wrapping_depth(site: Site) -> int:
+    """The depth of the node to wrap: the outermost wrapper that has to do with this
+    array; if there is none, the innermost module that can be called."""
+    for depth, node in site.ancestors:
+        if is_wrapper(node):
+            names = node.weight_name
+            if site.dotted(depth) in ((names,) if isinstance(names, str) else names):
+                return depth
+    callables = [depth for depth, node in site.ancestors if callable(node)]
+    if not callables:
+        raise ValueError(
+            f"`where` selects `{site.path}`, which is in no module that can be called, "
+            "so that there is nothing to wrap. To constrain plain arrays use "
+            "`eqxreg.project` or `eqxreg.project_params`."
+        )
+    return callables[-1]
+
+
+def _tied_to(sources: set[int], model: PyTree) -> set[int]:
+    """The ids of the placeholders that `eqx.nn.Shared` ties to the arrays `sources`."""
+    tied = set()
+
+    def visit(node: Any, entries: tuple) -> Any:
+        if isinstance(node, eqx.nn.Shared):
+            holes = jax.tree.leaves(node.where(node.pytree))
+            arrays = jax.tree.leaves(node.get(node.pytree))
+            for hole, array in zip(holes, arrays, strict=True):
+                if is_tied(hole) and id(array) in sources:
+                    tied.add(id(hole))
+        return _map_children(visit, node, entries)
+
+    visit(model, ())
+    return tied
+
+
+def _map_children(fn: Any, node: Any, entries: tuple) -> Any:
+    """`node` with `fn(child, key path)` for each of its children; a leaf as it is."""
+    children, structure = jtu.tree_flatten_with_path(
+        node, is_leaf=lambda x: x is not node
+    )
+    if len(children) == 1 and children[0][1] is node:
+        return node
+    return structure.unflatten([fn(child, entries + at) for at, child in children])
+
+
+def bake(model: _Model, state: eqx.nn.State | None = None) -> _Model:
+    """Evaluates every wrapper, ours and Equinox's, and returns the plain layers.
+
+    Pure, jittable and differentiable. At the top of a loss it evaluates each constraint
+    once, where layers called in a loop would evaluate them in every step:
+
+    ```python
+    def loss(model, xs):
+        model = eqxreg.bake(model)
+        ...  # scan over time with plain cells
+    ```
+
+    **Arguments:**
+
+    - `model`: any PyTree.
+    - `state`: the model's `eqx.nn.State`, if it has stateful wrappers. They are
+        evaluated as in inference; the state is not changed.
+
+    **Returns:**
+
+    The model in its original types, with constrained weights. A model without wrappers
+    comes back equal.
+
+    **Raises:**
+
+    - `ValueError`: if there is a stateful wrapper and no `state`.
+    """
+
+    def visit(node: Any, entries: tuple) -> Any:
+        if is_wrapper(node):
+            if needs_state(node) and state is None:
+                place = f"`{jtu.keystr(entries)}`" if entries else "The model"
+                raise ValueError(
+                    f"{place} is a stateful {type(node).__name__}: give "
+                    "`bake(model, state)` the model's `eqx.nn.State`."
+                )
+            node, _ = evaluate(node, state, True)
+        return _map_children(visit, node, entries)
+
+    return visit(model, ())
+
+
+def unwrap_all(tree: PyTree) -> PyTree:
+    """`tree` with what is within its wrappers in their place, unevaluated. It has the
+    structure of the baked tree."""
+    return _map_children(lambda node, _: unwrap_all(node), unwrapped(tree), ())
+
+
+def project_params(
+    model: _Model, projection: Projection, where: Any = weights
+) -> _Model:
+    """Projects the selected weights, now and exactly.
+
+    For use after `eqx.apply_updates`, or on an average of the weights (EMA, SWA), which
+    need not be in a set that is not convex, and by rounding may be outside any.
+
+    **Arguments:**
+
+    - `model`: any PyTree, such as a model or its filtered parameters.
+    - `projection`: the map, such as [`eqxreg.MaxNorm`][].
+    - `where`: which weights: a selector, or a tree of booleans. Defaults to
+        [`eqxreg.weights`][].
+
+    **Returns:**
+
+    The model with projected weights. Layers that are stacked are projected one by one.
+
+    **Raises:**
+
+    - `TypeError`: if `projection` is not an [`eqxreg.Projection`][].
+    - `ValueError`: if nothing is selected.
+    """
+    check_projection(projection)
+    chosen = require_selection(where, model, "where")
+    leaves, structure = jax.tree.flatten(model)
+    leaves = [
+        per_layer(projection, leaf, site.rank) if is_chosen else leaf
+        for leaf, site, is_chosen in zip(leaves, sites(model), chosen, strict=True)
+    ]
+    return structure.unflatten(leaves)
+
+
+def check_projection(projection: Any) -> None:
+    """Raises unless this is a map that may be enforced after the update."""
+    if not isinstance(projection, Projection):
+        kind = type(projection).__name__
+        raise TypeError(
+            "`projection` must be an `eqxreg.Projection`, whose raw weights are "
+            f"weights themselves, got {projection!r}. A {kind} works in the forward "
+            "pass, by `eqxreg.Constraint` or `eqxreg.constrain`."
+        )

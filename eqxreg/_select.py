@@ -1,0 +1,359 @@
+"""Which weights: selectors, and the walk over a model that they are made from.
+
+The walk meets each leaf of a tree together with the layer that owns it and the name of
+the field it is in. It works alike on models, on filtered models, on their gradients and
+on trees of shapes, for all have the same types of layers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, overload
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from ._layers import Role, is_wrapper, rank, role
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A leaf of a tree, and where it is."""
+
+    entries: tuple[Any, ...]
+    """The key path from the root."""
+    ancestors: tuple[tuple[int, Any], ...]
+    """The modules on the way, outermost first, each with its depth in `entries`."""
+    leaf: Any
+
+    @property
+    def path(self) -> str:
+        return jtu.keystr(self.entries)
+
+    @property
+    def owner(self) -> Any:
+        """The module that owns the leaf, `None` in a plain tree."""
+        return self.ancestors[-1][1] if self.ancestors else None
+
+    @property
+    def local(self) -> tuple[Any, ...]:
+        """The key path from the owner."""
+        return self.entries[self.ancestors[-1][0] :] if self.ancestors else self.entries
+
+    def dotted(self, depth: int) -> str:
+        """The path from `depth` as a dotted name. A wrapper's `layer` is not part of
+        it, so that a name stays what it was before the layer was wrapped."""
+        inner = {at for at, node in self.ancestors if is_wrapper(node)}
+        kept = [
+            entry
+            for at, entry in enumerate(self.entries)
+            if at >= depth and not (at in inner and _entry_name(entry) == "layer")
+        ]
+        return jtu.keystr(tuple(kept), simple=True, separator=".")
+
+    @property
+    def name(self) -> str:
+        """The name of the field, or the key, that the leaf is in."""
+        names = [_entry_name(e) for e in self.local]
+        named = [n for n in names if n is not None]
+        return named[-1] if named else ""
+
+    @property
+    def role(self) -> Role:
+        if any(isinstance(node, eqx.nn.StateIndex) for _, node in self.ancestors):
+            return "state"
+        return role(self.owner, self.name)
+
+    @property
+    def rank(self) -> int:
+        """The rank of the array in one layer, if layers are stacked."""
+        return rank(self.owner, self.name, self.leaf.ndim)
+
+    @property
+    def is_floating(self) -> bool:
+        dtype = getattr(self.leaf, "dtype", None)
+        return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def sites(tree: PyTree) -> list[Site]:
+    """All leaves of `tree`, in the order of `jax.tree.leaves`."""
+    return list(_walk(tree, (), ()))
+
+
+def _walk(node: Any, entries: tuple, ancestors: tuple) -> Iterator[Site]:
+    if isinstance(node, (eqx.Module, eqx.nn.State)):
+        ancestors = (*ancestors, (len(entries), node))
+    children, _ = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    for entry, child in children:
+        if child is None:
+            continue
+        if jtu.all_leaves([child]):
+            yield Site(entries + entry, ancestors, child)
+        else:
+            yield from _walk(child, entries + entry, ancestors)
+
+
+def _entry_name(entry: Any) -> str | None:
+    if isinstance(entry, jtu.GetAttrKey):
+        return entry.name
+    if isinstance(entry, jtu.DictKey) and isinstance(entry.key, str):
+        return entry.key
+    return None
+
+
+class Selector:
+    """Which arrays of a tree: a callable from a tree to a tree of booleans of the same
+    structure. It works on models, filtered models, gradients and optimiser masks.
+
+    Selectors combine: `a | b` for either, `a & b` for both, and `~a` for the trainable
+    arrays that `a` does not select.
+
+    !!! example
+
+        ```python
+        >>> import equinox as eqx
+        >>> import jax
+        >>> import eqxreg
+        >>> layer = eqx.nn.Linear(2, 3, key=jax.random.key(0))
+        >>> chosen = eqxreg.weights(layer)
+        >>> chosen.weight, chosen.bias
+        (True, False)
+
+        ```
+    """
+
+    def __init__(self, selects: Callable[[Site], bool], text: str):
+        self._selects = selects
+        self._text = text
+
+    def selects(self, site: Site) -> bool:
+        """Whether this leaf is selected."""
+        return site.is_floating and self._selects(site)
+
+    def __call__(self, tree: PyTree) -> PyTree[bool]:
+        """**Arguments:**
+
+        - `tree`: any PyTree, such as a model or its gradient.
+
+        **Returns:**
+
+        A tree of the same structure, with `True` in place of each selected array and
+        `False` in place of every other leaf.
+        """
+        chosen = [self.selects(site) for site in sites(tree)]
+        return jax.tree.unflatten(jax.tree.structure(tree), chosen)
+
+    def __or__(self, other: "Selector") -> "Selector":
+        if not isinstance(other, Selector):
+            return NotImplemented
+        return Selector(
+            lambda site: self._selects(site) or other._selects(site),
+            f"({self._text} | {other._text})",
+        )
+
+    def __and__(self, other: "Selector") -> "Selector":
+        if not isinstance(other, Selector):
+            return NotImplemented
+        return Selector(
+            lambda site: self._selects(site) and other._selects(site),
+            f"({self._text} & {other._text})",
+        )
+
+    def __invert__(self) -> "Selector":
+        return Selector(
+            lambda site: _is_trainable(site) and not self._selects(site),
+            f"~{self._text}",
+        )
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def _is_trainable(site: Site) -> bool:
+    return site.role not in ("state", "bound")
+
+
+def _with_roles(name: str, *roles: Role) -> Selector:
+    return Selector(lambda site: site.role in roles, f"eqxreg.{name}")
+
+
+weights = _with_roles("weights", "weight")
+"""What decay should act on: the matrices and kernels of linear, convolutional,
+recurrent and attention layers and, in modules of your own, arrays named `weight`,
+`weight_*`, `kernel`, `*_weight` or `*_kernel`. Never biases, normalisation scales,
+PReLU slopes, the gain of weight normalisation, power-iteration vectors, bounds or
+state."""
+
+biases = _with_roles("biases", "bias", "shift")
+"""Biases of all layers, of normalisation layers too, and in modules of your own arrays
+named `bias`, `bias_*` or `*_bias`."""
+
+norm_parameters = _with_roles("norm_parameters", "scale", "shift")
+"""The scales and shifts of normalisation layers: Equinox's, and modules of your own
+whose class's name ends in `Norm`."""
+
+embeddings = _with_roles("embeddings", "embedding")
+"""The tables of `eqx.nn.Embedding` and, in modules of your own, arrays named
+`embedding` or `*_embedding`."""
+
+trainable = Selector(_is_trainable, "eqxreg.trainable")
+"""Every floating or complex array, in any tree, except state and the bounds of maps."""
+
+everything = Selector(lambda site: True, "eqxreg.everything")
+"""Every floating or complex array, state and bounds too."""
+
+
+def select(
+    *layer_types: type,
+    names: str | Sequence[str] | None = None,
+    where: Callable[[str, Any, Array], bool] | None = None,
+) -> Selector:
+    """Selects the weights of layers of some types.
+
+    **Arguments:**
+
+    - `*layer_types`: types of layers; a layer counts if it, or a module that it is part
+        of, is an instance of one. Defaults to layers of every type.
+    - `names`: the names of the arrays, as one string or several; dotted names such as
+        `"query_proj.weight"` are relative to the layer. Defaults to those that are
+        weights: matrices, kernels, embeddings and, if you name a type of normalisation
+        layer, its scale; never biases. (Keyword only argument.)
+    - `where`: a function `(path, layer, array) -> bool` that narrows the selection,
+        with the path as a key string such as `.layers[0].weight`, and the layer that
+        owns the array. (Keyword only argument.)
+
+    **Returns:**
+
+    A [`eqxreg.Selector`][].
+
+    **Raises:**
+
+    - `TypeError`: if a layer type is not a type.
+
+    !!! example
+
+        ```python
+        >>> import equinox as eqx
+        >>> import jax
+        >>> import eqxreg
+        >>> mlp = eqx.nn.MLP(4, 2, 8, depth=2, key=jax.random.key(0))
+        >>> first = eqxreg.select(
+        ...     eqx.nn.Linear, where=lambda path, layer, array: "layers[0]" in path
+        ... )
+        >>> [path for path, _ in eqxreg.trainables(mlp, first, paths=True)]
+        ['.layers[0].weight']
+
+        ```
+    """
+    for layer_type in layer_types:
+        if not isinstance(layer_type, type):
+            raise TypeError(
+                "`select` takes types of layers, such as `eqx.nn.Linear`, got "
+                f"{layer_type!r}."
+            )
+    wanted = None if names is None else (names,) if isinstance(names, str) else names
+
+    def selects(site: Site) -> bool:
+        inside = [
+            (depth, node)
+            for depth, node in site.ancestors
+            if not layer_types or isinstance(node, layer_types)
+        ]
+        if layer_types and not inside:
+            return False
+        if wanted is None:
+            # Asked for by its type, an embedding or a normalisation is a weight too.
+            named = isinstance(site.owner, layer_types) if layer_types else False
+            roles = ("weight", "embedding", "scale") if named else ("weight",)
+            if site.role not in roles:
+                return False
+        elif not any(
+            site.dotted(depth) in wanted
+            for depth in [depth for depth, _ in inside] or [0]
+        ):
+            return False
+        return where is None or bool(where(site.path, site.owner, site.leaf))
+
+    text = [t.__name__ for t in layer_types]
+    text += [] if names is None else [f"names={names!r}"]
+    text += [] if where is None else [f"where={getattr(where, '__name__', where)}"]
+    return Selector(selects, f"eqxreg.select({', '.join(text)})")
+
+
+@overload
+def trainables(
+    model: PyTree, where: Any = ..., *, paths: Literal[False] = ...
+) -> list[Array]: ...
+
+
+@overload
+def trainables(
+    model: PyTree, where: Any = ..., *, paths: Literal[True]
+) -> list[tuple[str, Array]]: ...
+
+
+def trainables(model, where=trainable, *, paths=False):
+    """The trainable arrays of a model, as a list. Differentiable: it only reads.
+
+    **Arguments:**
+
+    - `model`: any PyTree.
+    - `where`: a selector, or a tree of booleans. Defaults to [`eqxreg.trainable`][].
+    - `paths`: whether to return pairs of (key path string, array) instead of arrays.
+        (Keyword only argument.)
+
+    **Returns:**
+
+    A list in the order of `jax.tree.leaves`. An array that stands in several places of
+    the model is listed once, where it stands first.
+    """
+    found: dict[int, tuple[str, Array]] = {}
+    for site in chosen_sites(where, model):
+        found.setdefault(id(site.leaf), (site.path, site.leaf))
+    return list(found.values()) if paths else [array for _, array in found.values()]
+
+
+def chosen_leaves(where: Any, tree: PyTree) -> list[bool]:
+    """One boolean for each leaf of `tree`, from a selector, any function to a tree of
+    booleans, or such a tree or a prefix of one. Unless a selector says otherwise, only
+    trainable arrays count."""
+    # A mask of a model is a model of booleans, and as callable as any.
+    leaves = jax.tree.leaves(where)
+    is_mask = len(leaves) > 0 and all(isinstance(x, bool | np.bool_) for x in leaves)
+    if not is_mask and (isinstance(where, type) or not callable(where)):
+        name = getattr(where, "__name__", "...")
+        raise TypeError(
+            "Which weights is said by a selector such as `eqxreg.weights`, a function "
+            f"to a tree of booleans, or such a tree, and not by {where!r}. Did you "
+            f"mean `eqxreg.select({name})`?"
+        )
+    mask = where if is_mask else where(tree)
+    chosen = jax.tree.leaves(jax.tree.broadcast(mask, tree))
+    if isinstance(where, Selector):
+        return chosen
+    possible = jax.tree.leaves(trainable(tree))
+    return [bool(c) and p for c, p in zip(chosen, possible, strict=True)]
+
+
+def chosen_sites(where: Any, tree: PyTree) -> list[Site]:
+    """The leaves of `tree` that `where` chooses."""
+    chosen = chosen_leaves(where, tree)
+    return [site for site, c in zip(sites(tree), chosen, strict=True) if c]
+
+
+def require_selection(where: Any, tree: PyTree, argument: str) -> list[bool]:
+    """`chosen_leaves`, or an error if there are none."""
+    chosen = chosen_leaves(where, tree)
+    if not any(chosen):
+        paths = [site.path for site in chosen_sites(trainable, tree)]
+        few = ", ".join(f"`{path}`" for path in paths[:4])
+        more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
+        there = f"It has {few}{more}." if paths else "It has no trainable arrays."
+        raise ValueError(
+            f"`{argument}={where!r}` selects nothing. {there} To select by type or "
+            "name use `eqxreg.select`; `eqxreg.everything` selects every array."
+        )
+    return chosen
