@@ -1,0 +1,40 @@
+"""Eight virtual devices, strict promotion everywhere, and 64-bit mode on request."""
+
+import os
+
+
+# Before JAX is imported, by anything.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _strict(request):
+    if "examples" in request.path.parts:
+        yield
+        return
+    promotion = jax.numpy_dtype_promotion("strict")
+    with promotion, jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def standard_promotion():
+    """For what calls code that is not clean under strict promotion, as Adam's is."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def x64():
+    """64-bit mode, for comparison with finite differences."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)

@@ -1,0 +1,53 @@
+"""What the documentation shows runs as printed."""
+
+import pathlib
+import re
+
+import eqxreg
+import pytest
+
+
+ROOT = pathlib.Path(__file__).parent.parent
+# `jaxtyping` is what its import hook adds to the modules that it checks.
+PUBLIC = {n for n in vars(eqxreg) if not n.startswith("_")} - {"jaxtyping"}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_examples_run_in_the_order_of_the_page(page):
+    names: dict = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), names)
+    assert "eqxreg" in names
+
+
+def test_the_first_example_ends_with_plain_layers():
+    names: dict = {}
+    exec(blocks("README.md", "python")[0], names)
+    assert type(names["plain"].layers[0]).__name__ == "Linear"
+    assert names["logits"].shape == (10,)
+
+
+def test_the_commands_are_targets_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    pages = ("README.md", "CONTRIBUTING.md")
+    text = "".join(block for page in pages for block in blocks(page, "sh"))
+    named = set(re.findall(r"\bmake ([a-z]+)", text))
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_every_public_name_is_in_the_documentation():
+    pages = "".join(
+        p.read_text(encoding="utf-8") for p in (ROOT / "docs").rglob("*.md")
+    )
+    assert PUBLIC == {name for name in PUBLIC if f"eqxreg.{name}" in pages}
+
+
+def test_every_public_name_has_a_docstring():
+    assert all(getattr(eqxreg, name).__doc__ for name in PUBLIC)
