@@ -1,0 +1,88 @@
+"""Runs a trainer within the test process, and reads what it leaves behind."""
+
+import contextlib
+import csv
+import io
+import json
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import digits
+import numpy as np
+import pytest
+from common.run import main
+
+
+class Outcome(NamedTuple):
+    """The exit code of a run and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(*arguments: object) -> Outcome:
+    """Runs `examples/digits.py` with these arguments."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["digits.py", *map(str, arguments)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            with pytest.raises(SystemExit) as caught:
+                main(digits.DigitsFlags, digits.train)
+    return Outcome(caught.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def assert_one_line(outcome: Outcome, message: str, code: int = 1) -> None:
+    """The run failed, and said so in one line on standard error."""
+    assert outcome.code == code
+    assert outcome.err.count("\n") == 1 and outcome.err.startswith("error: ")
+    assert message in outcome.err
+
+
+def strict_json(path: Path) -> Any:
+    """What a JSON file holds; NaN and Infinity, which are not JSON, are an error."""
+
+    def refuse(token: str) -> None:
+        raise AssertionError(f"{token} in {path}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    """The lines of metrics.csv."""
+    with open(out / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def numbers(out: Path) -> Any:
+    """All that has to be the same whenever a run is repeated: everything but time."""
+    methods = strict_json(out / "results.json")["methods"]
+    for method in methods.values():
+        method.pop("seconds")
+    lines = rows(out)
+    for line in lines:
+        line.pop("seconds")
+    return methods, lines
+
+
+def saved_arrays(out: Path) -> dict[str, np.ndarray]:
+    """The arrays in the checkpoint, by name."""
+    with np.load(out / "checkpoint.npz") as archive:
+        return dict(archive)
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: fails as a full disk does, in any library.
+
+    Python ignores the signal that comes with it, so writing is an ordinary error.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
