@@ -9,6 +9,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from ._layers import is_tied, is_wrapper
 from ._maps import Parametrization, Projection
+from ._maps._base import check_projection
 from ._norms import per_layer
 from ._paths import unwrapped
 from ._select import Site, require_selection, sites, weights
@@ -209,14 +210,3 @@ def project_params(
         for leaf, site, is_chosen in zip(leaves, sites(model), chosen, strict=True)
     ]
     return structure.unflatten(leaves)
-
-
-def check_projection(projection: Any) -> None:
-    """Raises unless this is a map that may be enforced after the update."""
-    if not isinstance(projection, Projection):
-        kind = type(projection).__name__
-        raise TypeError(
-            "`projection` must be an `eqxreg.Projection`, whose raw weights are "
-            f"weights themselves, got {projection!r}. A {kind} works in the forward "
-            "pass, by `eqxreg.Constraint` or `eqxreg.constrain`."
-        )

@@ -13,7 +13,8 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from ._maps import Projection
-from ._model import bake, check_projection, unwrap_all
+from ._maps._base import check_projection
+from ._model import bake, unwrap_all
 from ._norms import per_layer, real_dtype, scaled_norm, squared_magnitude, widen
 from ._rates import check_rate
 from ._select import chosen_leaves, sites, trainable, weights

@@ -147,20 +147,17 @@ class Selector:
         return jax.tree.unflatten(jax.tree.structure(tree), chosen)
 
     def __or__(self, other: "Selector") -> "Selector":
-        if not isinstance(other, Selector):
-            return NotImplemented
-        return Selector(
-            lambda site: self._selects(site) or other._selects(site),
-            f"({self._text} | {other._text})",
-        )
+        return self._joined(other, any, "|")
 
     def __and__(self, other: "Selector") -> "Selector":
+        return self._joined(other, all, "&")
+
+    def _joined(self, other: "Selector", join: Callable, sign: str) -> "Selector":
         if not isinstance(other, Selector):
             return NotImplemented
-        return Selector(
-            lambda site: self._selects(site) and other._selects(site),
-            f"({self._text} & {other._text})",
-        )
+        both = (self._selects, other._selects)
+        text = f"({self._text} {sign} {other._text})"
+        return Selector(lambda site: join(f(site) for f in both), text)
 
     def __invert__(self) -> "Selector":
         return Selector(

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
 from ._maps import Projection
-from ._model import check_projection
+from ._maps._base import check_projection
 from ._norms import per_layer, widen
 from ._rates import check_rate
 from ._select import require_selection, sites, trainable, weights

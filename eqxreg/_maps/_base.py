@@ -50,13 +50,16 @@ Bound: TypeAlias = float | int | np.number | np.ndarray | Array | Callable
 (traced) or, for use in `project`, an Optax schedule."""
 
 
+StoredBound: TypeAlias = Number | Array | Schedule
+"""The forms in which bounds are stored."""
+
 Shaped: TypeAlias = Array | jax.ShapeDtypeStruct
 """A weight, or as much of it as can be known before there is one."""
 
 
 def check_bound(
     value: Any, name: str, *, minimum: float | int = -math.inf, strict: bool = False
-) -> Number | Array | Schedule:
+) -> StoredBound:
     """The form in which a bound is stored, after checking what can be checked.
 
     **Arguments:**
@@ -304,6 +307,17 @@ class Projection(Parametrization):
 
     def _wide_distance(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
         return frobenius_norm(widen(weight) - widen(self(weight)))
+
+
+def check_projection(projection: Any) -> None:
+    """Raises unless this is a map that may be enforced after the update."""
+    if not isinstance(projection, Projection):
+        kind = type(projection).__name__
+        raise TypeError(
+            "`projection` must be an `eqxreg.Projection`, whose raw weights are "
+            f"weights themselves, got {projection!r}. A {kind} works in the forward "
+            "pass, by `eqxreg.Constraint` or `eqxreg.constrain`."
+        )
 
 
 def _is_schedule(node: Any) -> bool:

@@ -17,8 +17,8 @@ from ._base import (
     Number,
     Parametrization,
     Projection,
-    Schedule,
     Shaped,
+    StoredBound,
     bound_value,
     check_bound,
     check_dtype,
@@ -86,8 +86,8 @@ class Box(Projection):
         ```
     """
 
-    lower: Number | Array | Schedule
-    upper: Number | Array | Schedule
+    lower: StoredBound
+    upper: StoredBound
 
     def __init__(self, lower: Bound, upper: Bound):
         r"""**Arguments:**
@@ -211,8 +211,8 @@ class Interval(Parametrization):
         ```
     """
 
-    lower: Number | Array | Schedule
-    upper: Number | Array | Schedule
+    lower: StoredBound
+    upper: StoredBound
 
     def __init__(self, lower: Bound, upper: Bound):
         """**Arguments:**

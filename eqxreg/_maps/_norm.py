@@ -25,11 +25,10 @@ from .._norms import (
 )
 from ._base import (
     Bound,
-    Number,
     Parametrization,
     Projection,
-    Schedule,
     Shaped,
+    StoredBound,
     bound_value,
     check_bound,
     check_dtype,
@@ -59,7 +58,8 @@ class MaxNorm(_NormMap):
 
     and for each `ord` the nearest point of the ball. Inside the ball a weight is left
     alone, bit for bit, and the gradient is that of the identity; the boundary counts as
-    inside. Outside, the gradient is the tangential part, times $c / \lVert w \rVert$.
+    inside, and so does a weight whose norm rounds to the bound. Outside, the gradient
+    is the tangential part, times $c / \lVert w \rVert$.
 
     With `axis="unit"` (recommended) this is max-norm regularisation as it was proposed:
     a bound on the incoming weights of each unit or filter. Common bounds are 1 to 4.
@@ -84,7 +84,7 @@ class MaxNorm(_NormMap):
         Hinton, Krizhevsky, Sutskever and Salakhutdinov, JMLR 15 (2014).
     """
 
-    max_norm: Number | Array | Schedule
+    max_norm: StoredBound
     axis: Axis = eqx.field(static=True)
     ord: int | float = eqx.field(static=True)
 
@@ -150,8 +150,8 @@ class MinMaxNorm(_NormMap):
         ```
     """
 
-    min_norm: Number | Array | Schedule
-    max_norm: Number | Array | Schedule
+    min_norm: StoredBound
+    max_norm: StoredBound
     rate: float = eqx.field(static=True)
     axis: Axis = eqx.field(static=True)
 
@@ -222,7 +222,7 @@ class UnitNorm(_NormMap):
         ```
     """
 
-    norm: Number | Array | Schedule
+    norm: StoredBound
     axis: Axis = eqx.field(static=True)
 
     def __init__(self, norm: Bound = 1.0, axis: AxisLike = None):
@@ -301,8 +301,8 @@ class WeightNorm(Parametrization):
 def _contains(
     axis: Axis,
     weight: Inexact[Array, "..."],
-    low: Number | Array | Schedule,
-    high: Number | Array | Schedule,
+    low: StoredBound,
+    high: StoredBound,
     tol: ArrayLike | None,
 ) -> Bool[Array, ""]:
     """Whether all norms are between the bounds. By norms, not by the distance, for a

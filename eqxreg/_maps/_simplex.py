@@ -31,10 +31,9 @@ from .._norms import (
 )
 from ._base import (
     Bound,
-    Number,
     Projection,
-    Schedule,
     Shaped,
+    StoredBound,
     bound_value,
     check_bound,
     check_dtype,
@@ -128,7 +127,7 @@ class Simplex(Projection):
         Singer and Chandra, ICML 2008.
     """
 
-    total: Number | Array | Schedule
+    total: StoredBound
     axis: Axis = eqx.field(static=True)
 
     def __init__(self, total: Bound = 1.0, axis: AxisLike = -1):
