@@ -40,7 +40,7 @@ class Flags:
     """`digits`, or a directory with the four files of MNIST or Fashion-MNIST."""
     seeds: int = 5
     """Number of seeds, all trained at once."""
-    epochs: int = 30
+    epochs: int = 24
     """Number of passes through the training set."""
     save_every: int = 10
     """Number of epochs between checkpoints; there is always one at the end."""
