@@ -11,7 +11,7 @@ from ._layers import is_tied, is_wrapper
 from ._maps import Parametrization, Projection
 from ._maps._base import check_projection
 from ._norms import per_layer
-from ._paths import unwrapped
+from ._paths import names_of, unwrapped
 from ._select import Site, require_selection, sites, weights
 from ._wrappers import Constraint, evaluate, needs_state
 
@@ -89,10 +89,8 @@ def _wrapping_depth(site: Site) -> int:
     """The depth of the node to wrap: the outermost wrapper that has to do with this
     array; if there is none, the innermost module that can be called."""
     for depth, node in site.ancestors:
-        if is_wrapper(node):
-            names = node.weight_name
-            if site.dotted(depth) in ((names,) if isinstance(names, str) else names):
-                return depth
+        if is_wrapper(node) and site.dotted(depth) in names_of(node.weight_name):
+            return depth
     callables = [depth for depth, node in site.ancestors if callable(node)]
     if not callables:
         raise ValueError(

@@ -35,6 +35,11 @@ def check_names(weight_name: Any) -> str | tuple[str, ...]:
     return weight_name if isinstance(weight_name, str) else tuple(names)
 
 
+def names_of(weight_name: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The names that a wrapper's `weight_name` stands for."""
+    return (weight_name,) if isinstance(weight_name, str) else weight_name
+
+
 def unwrapped(node: Any) -> Any:
     """The plain layer, as it is stored, within any number of wrappers."""
     while is_wrapper(node):

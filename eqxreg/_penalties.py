@@ -165,8 +165,9 @@ def _penalty(
         # The choice is made on the tree that was given, wrappers and all.
         mask = unwrap_all(jax.tree.unflatten(jax.tree.structure(tree), chosen))
         tree, chosen = bake(tree), jax.tree.leaves(mask)
-    arrays = [site for site in sites(tree) if site.is_floating]
-    selected = [s for s, c in zip(sites(tree), chosen, strict=True) if c]
+    found = sites(tree)
+    arrays = [site for site in found if site.is_floating]
+    selected = [site for site, c in zip(found, chosen, strict=True) if c]
     # A tree may mix precisions on purpose, even if promotion is otherwise forbidden.
     dtypes = [real_dtype(site.leaf.dtype) for site in selected or arrays]
     terms = [jnp.sum(per_layer(fn, site.leaf, site.rank)) for site in selected]

@@ -21,7 +21,16 @@ from jaxtyping import Array
 from ._layers import is_tied, is_wrapper, rank
 from ._maps import Parametrization, Projection
 from ._maps._base import has_schedule
-from ._paths import Path, check_names, child, find_array, nodes_along, parse, unwrapped
+from ._paths import (
+    Path,
+    check_names,
+    child,
+    find_array,
+    names_of,
+    nodes_along,
+    parse,
+    unwrapped,
+)
 
 
 class Constraint(eqx.nn.StatefulLayer):
@@ -98,7 +107,7 @@ class Constraint(eqx.nn.StatefulLayer):
             )
         self.weight_name = check_names(weight_name)
         bound, ranks = [], []
-        for name in _names(self.weight_name):
+        for name in names_of(self.weight_name):
             layer, p, weight_rank = _wrap(layer, name, parametrization)
             bound.append(p)
             ranks.append(weight_rank)
@@ -190,7 +199,7 @@ def needs_state(node: Any) -> bool:
         return False
     if not isinstance(node, Constraint):
         return isinstance(node, eqx.nn.StatefulLayer) or needs_state(node.layer)
-    names = _names(node.weight_name)
+    names = names_of(node.weight_name)
     return any(needs_state(n) for name in names for n in nodes_along(node.layer, name))
 
 
@@ -213,7 +222,7 @@ def evaluate(node: Any, state: Any, inference: bool | None) -> tuple[Any, Any]:
     if not isinstance(node, Constraint):
         return _evaluate_foreign(node, state, inference)
     layer, state = evaluate(node.layer, state, inference)
-    names = _names(node.weight_name)
+    names = names_of(node.weight_name)
     maps = zip(names, node.parametrizations, node._ranks, strict=True)
     for name, p, weight_rank in maps:
         fn = ft.partial(_apply, p, weight_rank)
@@ -298,7 +307,7 @@ def _write(node: Any, path: Path, value: Any) -> Any:
     if not path:
         return value
     if isinstance(node, Constraint):
-        for i, name in enumerate(_names(node.weight_name)):
+        for i, name in enumerate(names_of(node.weight_name)):
             weight_rank = node._ranks[i]
             if parse(name) == path and weight_rank is not None:
                 p, value = _bind(node.parametrizations[i], value, weight_rank)
@@ -315,10 +324,6 @@ def _write(node: Any, path: Path, value: Any) -> Any:
 
 def _replace(node: Any, step: str | int, new: Any) -> Any:
     return eqx.tree_at(lambda n: child(n, step), node, new)
-
-
-def _names(weight_name: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (weight_name,) if isinstance(weight_name, str) else weight_name
 
 
 @ft.cache
