@@ -8,18 +8,35 @@ all three.
 
 from importlib.metadata import version as _version
 
+from ._activations import GroupSort as GroupSort, MaxMin as MaxMin
+from ._lipschitz import (
+    certified_radius as certified_radius,
+    lipschitz_bound as lipschitz_bound,
+)
 from ._maps import (
+    AlmostOrthogonal as AlmostOrthogonal,
     Box as Box,
+    Cayley as Cayley,
     Chain as Chain,
     Interval as Interval,
+    LowRank as LowRank,
+    Masked as Masked,
+    MatrixExp as MatrixExp,
     MaxNorm as MaxNorm,
     MinMaxNorm as MinMaxNorm,
     NonNegative as NonNegative,
+    Orthogonal as Orthogonal,
     Parametrization as Parametrization,
     Positive as Positive,
+    PositiveSemidefinite as PositiveSemidefinite,
     Projection as Projection,
     Simplex as Simplex,
+    SkewSymmetric as SkewSymmetric,
+    SpectralCap as SpectralCap,
+    SpectralNorm as SpectralNorm,
+    SpectralScale as SpectralScale,
     StraightThrough as StraightThrough,
+    Symmetric as Symmetric,
     UnitNorm as UnitNorm,
 )
 from ._model import (
@@ -32,8 +49,14 @@ from ._named_wrappers import (
     MaxNormConstraint as MaxNormConstraint,
     MinMaxNormConstraint as MinMaxNormConstraint,
     NonNegativeConstraint as NonNegativeConstraint,
+    OrthogonalConstraint as OrthogonalConstraint,
+    SpectralCapConstraint as SpectralCapConstraint,
     UnitNormConstraint as UnitNormConstraint,
     WeightNormConstraint as WeightNormConstraint,
+)
+from ._operator_norm import (
+    operator_norm as operator_norm,
+    spectral_norm as spectral_norm,
 )
 from ._penalties import (
     distance_penalty as distance_penalty,
@@ -52,6 +75,7 @@ from ._select import (
     trainables as trainables,
     weights as weights,
 )
+from ._stateful_wrappers import SpectralNormConstraint as SpectralNormConstraint
 from ._transforms import (
     project as project,
     sign_decay as sign_decay,

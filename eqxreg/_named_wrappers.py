@@ -6,9 +6,20 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Inexact
 
-from ._maps import Box, MaxNorm, MinMaxNorm, NonNegative, UnitNorm, WeightNorm
+from ._maps import (
+    Box,
+    MaxNorm,
+    MinMaxNorm,
+    NonNegative,
+    Orthogonal,
+    SpectralCap,
+    UnitNorm,
+    WeightNorm,
+)
 from ._maps._base import Bound
+from ._maps._matrix import RowAxes
 from ._norms import AxisLike
+from ._polar import Way
 from ._wrappers import Constraint
 
 
@@ -124,6 +135,69 @@ class BoxConstraint(Constraint):
         - `lower`, `upper`: as in [`eqxreg.Box`][].
         """
         super().__init__(layer, weight_name, Box(lower, upper))
+
+
+class SpectralCapConstraint(Constraint):
+    """Caps the singular values of a layer's weight: [`eqxreg.Constraint`][] with
+    [`eqxreg.SpectralCap`][]."""
+
+    def __init__(
+        self,
+        layer: Any,
+        weight_name: str | Sequence[str] = "weight",
+        cap: Bound = 1.0,
+        *,
+        matrix: RowAxes = "unit",
+        blocks: int = 1,
+        method: Way | None = None,
+    ):
+        """**Arguments:**
+
+        - `layer`, `weight_name`: as in [`eqxreg.Constraint`][]. The name defaults to
+            `"weight"`.
+        - `cap`, `matrix`, `blocks`, `method`: as in [`eqxreg.SpectralCap`][].
+        """
+        p = SpectralCap(cap, matrix=matrix, blocks=blocks, method=method)
+        super().__init__(layer, weight_name, p)
+
+
+class OrthogonalConstraint(Constraint):
+    """Keeps a layer's weight orthogonal: [`eqxreg.Constraint`][] with
+    [`eqxreg.Orthogonal`][].
+
+    !!! example
+
+        ```python
+        >>> import equinox as eqx
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import eqxreg
+        >>> cell = eqx.nn.GRUCell(3, 4, key=jax.random.key(0))
+        >>> cell = eqxreg.OrthogonalConstraint(cell, "weight_hh", blocks=3)
+        >>> gate = eqxreg.bake(cell).weight_hh[:4]
+        >>> bool(jnp.allclose(gate @ gate.T, jnp.eye(4), atol=1e-6))
+        True
+
+        ```
+    """
+
+    def __init__(
+        self,
+        layer: Any,
+        weight_name: str | Sequence[str] = "weight",
+        *,
+        matrix: RowAxes = "unit",
+        blocks: int = 1,
+        method: Way | None = None,
+    ):
+        """**Arguments:**
+
+        - `layer`, `weight_name`: as in [`eqxreg.Constraint`][]. The name defaults to
+            `"weight"`.
+        - `matrix`, `blocks`, `method`: as in [`eqxreg.Orthogonal`][].
+        """
+        p = Orthogonal(matrix=matrix, blocks=blocks, method=method)
+        super().__init__(layer, weight_name, p)
 
 
 class WeightNormConstraint(Constraint):

@@ -249,3 +249,16 @@ def per_layer(
 def all_finite(x: Inexact[Array, "..."]) -> Bool[Array, ""]:
     """Whether `x` has neither NaNs nor infinities."""
     return jnp.all(jnp.isfinite(x))
+
+
+@jax.custom_batching.custom_vmap
+def anywhere(flag: Bool[Array, ""]) -> Bool[Array, ""]:
+    """`flag`; under `vmap`, whether any of them is true. So a `cond` on it stays one,
+    where `vmap` would turn it into a `select` that pays for both sides every time."""
+    return flag
+
+
+@anywhere.def_vmap
+def _(axis_size, in_batched, flag):
+    del axis_size, in_batched
+    return anywhere(jnp.any(flag, axis=0)), False

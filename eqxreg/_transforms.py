@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from ._maps import Projection
 from ._maps._base import check_projection
-from ._norms import per_layer, widen
+from ._norms import anywhere, widen
 from ._rates import check_rate
-from ._select import require_selection, sites, trainable, weights
+from ._select import Site, require_selection, sites, trainable, weights
 
 
 def weight_decay(rate: Any, mask: Any = None) -> optax.GradientTransformation:
@@ -124,9 +124,11 @@ class DecayState(NamedTuple):
 
 
 class ProjectState(NamedTuple):
-    """The state of `eqxreg.project`: how many updates there were."""
+    """The state of `eqxreg.project`: how many updates there were, and what the next
+    projection of each selected weight starts from, which for most maps is nothing."""
 
     step: Int[Array, ""]
+    starts: tuple[PyTree, ...]
 
 
 def project(
@@ -184,55 +186,64 @@ def project(
         raise ValueError(f"`every` must be a positive int, got {every!r}.")
 
     def init(params):
-        require_selection(mask, params, "mask")
-        return ProjectState(jnp.zeros((), jnp.int32))
+        first = jnp.zeros((), jnp.int32)
+        p = projection.at(first)
+        starts = [
+            jax.jit(_per_layer(p._start, param, site))(param)
+            for param, site, is_chosen in _leaves(params)
+            if is_chosen
+        ]
+        return ProjectState(first, tuple(starts))
 
     def update(updates, state, params=None):
         _require_params(params, "project")
-        chosen = _unflatten_like(params, require_selection(mask, params, "mask"))
-        ranks = _unflatten_like(params, [_rank(site) for site in sites(params)])
         step = jnp.asarray(optax.safe_increment(state.step))
         p = projection.at(step)
 
-        def project_leaf(is_chosen, update, param, rank):
-            if not is_chosen:
-                return update
+        def project_leaf(update, param, site, start):
             moved = (widen(param) + widen(update)).astype(param.dtype)
-            change = widen(per_layer(p, moved, rank)) - widen(param)
-            return change.astype(update.dtype)
+            projected, start = _per_layer(p._step, param, site)(moved, start)
+            change = widen(projected) - widen(param)
+            return change.astype(update.dtype), start
 
-        def project_all(updates):
-            return jax.tree.map(project_leaf, chosen, updates, params, ranks)
+        def project_all(updates, starts):
+            leaves, structure = jax.tree.flatten(updates)
+            found, remaining = list(_leaves(params)), list(starts)
+            following = []
+            for i, (param, site, is_chosen) in enumerate(found):
+                if is_chosen:
+                    start = remaining.pop(0)
+                    leaves[i], start = project_leaf(leaves[i], param, site, start)
+                    following.append(start)
+            return structure.unflatten(leaves), tuple(following)
 
-        def project_due(updates):
+        def project_due(updates, starts):
             keep = lambda new, old: jnp.where(due, new, old)
-            return jax.tree.map(keep, project_all(updates), updates)
+            new = project_all(updates, starts)
+            return jax.tree.map(keep, new, (updates, starts))
 
         if every > 1:
             due = step % every == 0
-            updates = lax.cond(_any(due), project_due, lambda u: u, updates)
+            unchanged = lambda *both: both
+            updates, starts = lax.cond(
+                anywhere(due), project_due, unchanged, updates, state.starts
+            )
         else:
-            updates = project_all(updates)
-        return updates, ProjectState(step)
+            updates, starts = project_all(updates, state.starts)
+        return updates, ProjectState(step, starts)
+
+    def _leaves(params):
+        chosen = require_selection(mask, params, "mask")
+        return zip(jax.tree.leaves(params), sites(params), chosen, strict=True)
 
     return optax.GradientTransformation(init, update)
 
 
-@jax.custom_batching.custom_vmap
-def _any(due: Bool[Array, ""]) -> Bool[Array, ""]:
-    """`due`; under `vmap`, whether any of them is. So a `cond` on it stays one, where
-    `vmap` would turn it into a `select` that pays for the projection in every step."""
-    return due
-
-
-@_any.def_vmap
-def _(axis_size, in_batched, due):
-    del axis_size, in_batched
-    return _any(jnp.any(due, axis=0)), False
-
-
-def _rank(site: Any) -> int:
-    return site.rank if site.is_floating else 0
+def _per_layer(fn: Callable, param: Array, site: Site) -> Callable:
+    """`fn` of a weight, or of each in the stack that `param` is."""
+    for _ in range(param.ndim - site.rank):
+        fn = jax.vmap(fn)
+    return fn
 
 
 def _unflatten_like(tree: PyTree, leaves: list) -> PyTree:

@@ -10,8 +10,8 @@ that returns itself, they hand back the layer with its weight rewritten.
 
 import functools as ft
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -71,6 +71,7 @@ class Constraint(eqx.nn.StatefulLayer):
     weight_name: str | tuple[str, ...] = eqx.field(static=True)
     parametrizations: tuple[Parametrization, ...]
     _ranks: tuple[int | None, ...] = eqx.field(static=True)
+    _has_state: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -144,12 +145,25 @@ class Constraint(eqx.nn.StatefulLayer):
             if not needs_state(self):
                 layer, _ = evaluate(self, None, kwargs.get("inference"))
                 return layer(*args, **_accepted(layer, kwargs))
+            if not _has_state(args, kwargs) and not _depends_on_state(self):
+                layer, _ = evaluate(self, None, kwargs.get("inference"))
+                return layer(*args, **_accepted(layer, kwargs))
             args, kwargs, state = _take_state(args, kwargs, type(self).__name__)
             layer, state = evaluate(self, state, kwargs.get("inference"))
             if isinstance(layer, eqx.nn.StatefulLayer) and layer.is_stateful():
                 kwargs = {**kwargs, "state": state}
                 return layer(*args, **_accepted(layer, kwargs))
             return layer(*args, **_accepted(layer, kwargs)), state
+
+    def _constrained(
+        self, i: int, owner: Any, raw: Any, state: Any, *, inference: bool | None
+    ) -> tuple[Any, Any]:
+        """The weight that the `i`th map makes of a raw one, and the new state."""
+        del owner, inference
+        if is_tied(raw):
+            # `eqx.nn.Shared` will put the other array here.
+            return raw, state
+        return _apply(self.parametrizations[i], self._ranks[i], raw), state
 
     def __getattr__(self, name: str) -> Any:
         # `inference_mode` would find the layer's flag twice; dunder names are how
@@ -195,12 +209,37 @@ class _Probe(eqx.Module):
 
 def needs_state(node: Any) -> bool:
     """Whether the weights of a wrapper depend on an `eqx.nn.State`."""
+    return any(
+        _is_foreign_and_stateful(wrapper)
+        or (isinstance(wrapper, Constraint) and wrapper._has_state)
+        for wrapper in _wrappers_within(node)
+    )
+
+
+def _depends_on_state(node: Any) -> bool:
+    """Whether a wrapper cannot do without a state: one that is not ours cannot, nor can
+    a layer that is stateful itself."""
+    inner = unwrapped(node)
+    stateful = isinstance(inner, eqx.nn.StatefulLayer) and inner.is_stateful()
+    return stateful or any(map(_is_foreign_and_stateful, _wrappers_within(node)))
+
+
+def _is_foreign_and_stateful(wrapper: Any) -> bool:
+    is_ours = isinstance(wrapper, Constraint)
+    return isinstance(wrapper, eqx.nn.StatefulLayer) and not is_ours
+
+
+def _wrappers_within(node: Any) -> Iterator[Any]:
+    """The wrappers that have to do with what this one constrains, itself first."""
     if not is_wrapper(node):
-        return False
+        return
+    yield node
     if not isinstance(node, Constraint):
-        return isinstance(node, eqx.nn.StatefulLayer) or needs_state(node.layer)
-    names = names_of(node.weight_name)
-    return any(needs_state(n) for name in names for n in nodes_along(node.layer, name))
+        yield from _wrappers_within(node.layer)
+        return
+    for name in names_of(node.weight_name):
+        for inner in nodes_along(node.layer, name):
+            yield from _wrappers_within(inner)
 
 
 def evaluate(node: Any, state: Any, inference: bool | None) -> tuple[Any, Any]:
@@ -222,10 +261,8 @@ def evaluate(node: Any, state: Any, inference: bool | None) -> tuple[Any, Any]:
     if not isinstance(node, Constraint):
         return _evaluate_foreign(node, state, inference)
     layer, state = evaluate(node.layer, state, inference)
-    names = names_of(node.weight_name)
-    maps = zip(names, node.parametrizations, node._ranks, strict=True)
-    for name, p, weight_rank in maps:
-        fn = ft.partial(_apply, p, weight_rank)
+    for i, name in enumerate(names_of(node.weight_name)):
+        fn = ft.partial(node._constrained, i, inference=inference)
         layer, state = _rewrite(layer, parse(name), fn, state, inference)
     return layer, state
 
@@ -246,20 +283,20 @@ def _evaluate_foreign(node: Any, state: Any, inference: bool | None):
 def _rewrite(
     node: Any, path: Path, fn: Callable, state: Any, inference: bool | None
 ) -> tuple[Any, Any]:
-    """`node` with `fn` of the array at `path`, and wrappers on the way evaluated."""
-    if not path:
-        return fn(node), state
+    """`node` with `fn(owner, array, state)` for the array at `path`, and wrappers on
+    the way evaluated."""
     node, state = evaluate(node, state, inference)
     step, *rest = path
-    new, state = _rewrite(child(node, step), tuple(rest), fn, state, inference)
+    inner = child(node, step)
+    if rest:
+        new, state = _rewrite(inner, tuple(rest), fn, state, inference)
+    else:
+        new, state = fn(node, inner, state)
     return _replace(node, step, new), state
 
 
 def _apply(p: Parametrization, weight_rank: int | None, raw: Any) -> Any:
     """`p` of a raw weight of this rank, or of each in a stack of them."""
-    if is_tied(raw):
-        # `eqx.nn.Shared` will put the other array here.
-        return raw
     if weight_rank is None or raw.ndim <= weight_rank:
         return p(raw)
 
@@ -282,16 +319,24 @@ def _wrap(
     if is_tied(leaf):
         return layer, p, None
     weight_rank = rank(owner, field, leaf.ndim)
-    # What the layer computes with now; the raw weight, if that depends on a state.
-    if not any(needs_state(node) for node in nodes_along(layer, name)):
-        leaf = layer
-        for step in parse(name):
-            leaf = child(evaluate(leaf, None, None)[0], step)
+    _, leaf = current(layer, name)
     p, raw = _bind(p, leaf, weight_rank)
     # A projection's raw weight is the one that is there.
     if not isinstance(p, Projection):
         layer = _write(layer, parse(name), raw)
     return layer, p, weight_rank
+
+
+def current(layer: Any, name: str) -> tuple[Any, Any]:
+    """The owner of the array `name`, and the array as the layer computes with it now;
+    the raw one, if that depends on a state."""
+    owner, _, leaf = find_array(layer, name)
+    if not any(needs_state(node) for node in nodes_along(layer, name)):
+        leaf = layer
+        for step in parse(name):
+            owner = evaluate(leaf, None, None)[0]
+            leaf = child(owner, step)
+    return owner, leaf
 
 
 def _bind(p: Parametrization, weight: Any, weight_rank: int) -> tuple[Any, Any]:
@@ -342,6 +387,10 @@ def _accepted(layer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs
     optional = {"key", "inference"}
     return {k: v for k, v in kwargs.items() if k in taken or k not in optional}
+
+
+def _has_state(args: tuple, kwargs: dict[str, Any]) -> bool:
+    return any(isinstance(x, eqx.nn.State) for x in (*args, *kwargs.values()))
 
 
 def _take_state(args: tuple, kwargs: dict[str, Any], name: str):

@@ -3,8 +3,10 @@
 import os
 
 
-# Before JAX is imported, by anything.
+# Before JAX and NumPy are imported, by anything.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Each process decomposes small matrices, and threads that wait for work would spin.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest

@@ -64,6 +64,21 @@ def norm_over(axis, ord=2) -> Callable[[np.ndarray], np.ndarray]:
     return measure
 
 
+def largest_singular_value(matrix=(0,), blocks=1):
+    """That of each block of a weight as a matrix, in numpy. Kept at the rank of the
+    weight, so that it masks units."""
+
+    def measure(weight):
+        peak = np.abs(weight).max(initial=1e-300)
+        others = [a for a in range(weight.ndim) if a not in matrix]
+        rows = np.transpose(weight / peak, (*matrix, *others))
+        count = np.prod([weight.shape[a] for a in matrix])
+        matrices = rows.reshape(blocks, count // blocks, -1)
+        return peak * np.linalg.svd(matrices, compute_uv=False)[:, 0]
+
+    return measure
+
+
 @dataclasses.dataclass(frozen=True)
 class Bounded:
     """A map, and what it promises of a measure of its result."""
@@ -153,7 +168,22 @@ BOXES = [
         0.7,
     ),
 ]
-PROJECTIONS = MAX_NORMS + SPHERES + BOXES
+SPECTRAL = [
+    Bounded(
+        "spectral_norm", eqxreg.SpectralNorm(0.7), largest_singular_value(), 0.7, 0.7
+    ),
+    Bounded(
+        "spectral_scale-blocks",
+        eqxreg.SpectralScale(0.7, blocks=2),
+        largest_singular_value(blocks=2),
+        None,
+        0.7,
+    ),
+    Bounded(
+        "spectral_cap", eqxreg.SpectralCap(0.7), largest_singular_value(), None, 0.7
+    ),
+]
+PROJECTIONS = MAX_NORMS + SPHERES + BOXES + SPECTRAL
 
 # Maps of open sets, and what their weights are.
 OPEN = {
@@ -172,6 +202,10 @@ def every_map() -> dict[str, eqxreg.Parametrization]:
         **OPEN,
         "min_max-rate": eqxreg.MinMaxNorm(0.3, 0.7, rate=0.4, axis="unit"),
         "weight_norm": WeightNorm("unit", gain),
+        "orthogonal": eqxreg.Orthogonal(),
+        "almost_orthogonal": eqxreg.AlmostOrthogonal(),
+        "cayley": eqxreg.Cayley(matrix=1),
+        "low_rank": eqxreg.LowRank(2),
     }
 
 

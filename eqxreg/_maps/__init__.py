@@ -1,6 +1,7 @@
 """The maps: small pure functions of a weight, one file for each family."""
 
 from ._base import Parametrization as Parametrization, Projection as Projection
+from ._charts import Cayley as Cayley, MatrixExp as MatrixExp
 from ._combine import Chain as Chain, StraightThrough as StraightThrough
 from ._elementwise import (
     Box as Box,
@@ -14,4 +15,20 @@ from ._norm import (
     UnitNorm as UnitNorm,
     WeightNorm as WeightNorm,
 )
+from ._orthogonal import (
+    AlmostOrthogonal as AlmostOrthogonal,
+    Orthogonal as Orthogonal,
+)
 from ._simplex import Simplex as Simplex
+from ._spectral import (
+    SpectralCap as SpectralCap,
+    SpectralNorm as SpectralNorm,
+    SpectralScale as SpectralScale,
+)
+from ._structure import (
+    LowRank as LowRank,
+    Masked as Masked,
+    PositiveSemidefinite as PositiveSemidefinite,
+    SkewSymmetric as SkewSymmetric,
+    Symmetric as Symmetric,
+)

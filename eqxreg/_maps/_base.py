@@ -7,14 +7,14 @@ here: how bounds are checked, stored and read, and how a distance to a set is me
 import abc
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, PyTree
 
 from .._norms import all_finite, frobenius_norm, real_dtype, tolerance, widen
 
@@ -52,6 +52,8 @@ Bound: TypeAlias = float | int | np.number | np.ndarray | Array | Callable
 
 StoredBound: TypeAlias = Number | Array | Schedule
 """The forms in which bounds are stored."""
+
+_Map = TypeVar("_Map", bound="Parametrization")
 
 Shaped: TypeAlias = Array | jax.ShapeDtypeStruct
 """A weight, or as much of it as can be known before there is one."""
@@ -158,6 +160,17 @@ def check_dtype(weight: Any, *, complex_for: str | None = None) -> None:
         )
 
 
+def check_values(
+    weight: Inexact[Array, "*shape"], fine: Bool[Array, "..."], message: str
+) -> Inexact[Array, "*shape"]:
+    """`weight`, after checking that all of it is `fine`: now, or when it is known."""
+    if isinstance(fine, Tracer):
+        return eqx.error_if(weight, ~jnp.all(fine), message)
+    if not np.all(np.asarray(fine)):
+        raise ValueError(message)
+    return weight
+
+
 class Parametrization(eqx.Module):
     """A pure map from a raw weight to the weight that a layer computes with.
 
@@ -236,7 +249,7 @@ class Parametrization(eqx.Module):
         """
         check_dtype(weight)
 
-    def at(self, step: Int[Array, ""]) -> "Parametrization":
+    def at(self: _Map, step: Int[Array, ""]) -> _Map:
         """This map at one step of training, with schedules evaluated.
 
         **Arguments:**
@@ -304,6 +317,19 @@ class Projection(Parametrization):
         distance = self._wide_distance(weight)
         near = distance <= tol * frobenius_norm(weight)
         return all_finite(weight) & jnp.isfinite(distance) & near
+
+    # `project` carries these from one projection to the next, for maps that find their
+    # result sooner from the last one.
+
+    def _start(self, weight: Inexact[Array, "..."]) -> PyTree:
+        """What the first projection of this weight starts from."""
+        return ()
+
+    def _step(
+        self, weight: Inexact[Array, "*shape"], start: PyTree
+    ) -> tuple[Inexact[Array, "*shape"], PyTree]:
+        """The projection of `weight`, and what the next one starts from."""
+        return self(weight), start
 
     def _wide_distance(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
         return frobenius_norm(widen(weight) - widen(self(weight)))

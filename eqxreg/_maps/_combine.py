@@ -1,7 +1,7 @@
 """Maps made of maps."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Inexact
+from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, PyTree
 
 from .._norms import with_derivative_of
 from ._base import Parametrization, Projection, Shaped
@@ -55,6 +55,14 @@ class StraightThrough(Projection):
 
     def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         return with_derivative_of(self.projection(raw), raw)
+
+    def _start(self, weight: Inexact[Array, "..."]) -> PyTree:
+        return self.projection._start(weight)
+
+    def _step(
+        self, weight: Inexact[Array, "*shape"], start: PyTree
+    ) -> tuple[Inexact[Array, "*shape"], PyTree]:
+        return self.projection._step(weight, start)
 
     def _wide_distance(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
         return self.projection._wide_distance(weight)
@@ -150,6 +158,22 @@ class Chain(Parametrization):
 
 
 class _ProjectionChain(Chain, Projection):
+    @property
+    def _projections(self) -> tuple[Projection, ...]:
+        return self.maps  # pyright: ignore[reportReturnType]
+
+    def _start(self, weight: Inexact[Array, "..."]) -> PyTree:
+        return tuple(p._start(weight) for p in self._projections)
+
+    def _step(
+        self, weight: Inexact[Array, "*shape"], start: PyTree
+    ) -> tuple[Inexact[Array, "*shape"], PyTree]:
+        following = []
+        for p, own in zip(self._projections, start, strict=True):
+            weight, own = p._step(weight, own)
+            following.append(own)
+        return weight, tuple(following)
+
     def _wide_distance(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
         # A distance has a gradient of its own, though a map may be straight through.
         true = [
@@ -162,7 +186,7 @@ class _ProjectionChain(Chain, Projection):
         self, weight: Inexact[Array, "..."], tol: ArrayLike | None = None
     ) -> Bool[Array, ""]:
         """Whether a weight is in the sets of all the maps."""
-        parts = [p.contains(weight, tol) for p in self.maps]  # pyright: ignore
+        parts = [p.contains(weight, tol) for p in self._projections]
         return jnp.all(jnp.stack(parts))
 
 

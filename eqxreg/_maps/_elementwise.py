@@ -7,9 +7,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Inexact
+from jaxtyping import Array, Float, Inexact
 
 from .._norms import widen
 from ._base import (
@@ -23,6 +21,7 @@ from ._base import (
     check_bound,
     check_dtype,
     check_order,
+    check_values,
 )
 
 
@@ -186,7 +185,7 @@ class Positive(Parametrization):
             by `eqx.error_if`.
         """
         self.check(weight)
-        weight = _check_values(
+        weight = check_values(
             weight,
             weight > 0,
             "`Positive` needs a weight whose entries are all positive, and this one "
@@ -268,7 +267,7 @@ class Interval(Parametrization):
         self.check(weight)
         wide = widen(weight)
         lower, upper = self._bounds(wide.dtype)
-        wide = _check_values(
+        wide = check_values(
             wide,
             (wide > lower) & (wide < upper),
             "`Interval` needs a weight whose entries are all strictly between `lower` "
@@ -293,14 +292,3 @@ def _smallest(dtype) -> Array:
 
 def _keep_infinities(raw: Array, weight: Array) -> Array:
     return jnp.where(jnp.isinf(raw), raw, weight)
-
-
-def _check_values(
-    weight: Float[Array, "*shape"], fine: Bool[Array, "*shape"], message: str
-) -> Float[Array, "*shape"]:
-    """`weight`, after checking that all of it is `fine`: now, or when it is known."""
-    if isinstance(fine, Tracer):
-        return eqx.error_if(weight, ~jnp.all(fine), message)
-    if not np.all(np.asarray(fine)):
-        raise ValueError(message)
-    return weight

@@ -1,0 +1,265 @@
+r"""Lipschitz bounds of Equinox's layers, one rule for each.
+
+A rule takes a layer and the shape of its input, which may be `None`, and gives an upper
+bound in the l2 norm: a number, or an array where it depends on weights. Layers that
+hold other layers are in `_lipschitz.py`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Inexact
+
+from ._activations import GroupSort, MaxMin
+from ._conv_norm import lattice_norm, or_fault
+from ._norms import widen
+from ._singular import attained, gram, matmul
+from ._slopes import NoBound, Shape
+
+
+Bound: TypeAlias = float | Float[Array, ""]
+Rule: TypeAlias = Callable[[Any, Shape], Bound]
+
+
+@jax.jit
+def _matrix_norm(weight: Inexact[Array, "out in"]) -> Float[Array, ""]:
+    matrix = widen(weight)
+    constant = lax.stop_gradient(matrix)
+    top = gram(constant)
+    value = or_fault(top.value, constant)
+    return attained(value, top, lambda v: matmul(matrix, v))
+
+
+def _linear(layer: eqx.nn.Linear, input_shape: Shape) -> Bound:
+    del input_shape
+    _check_rank(layer.weight, 2)
+    return _matrix_norm(layer.weight)
+
+
+def _conv(layer: eqx.nn.Conv, input_shape: Shape) -> Bound:
+    _check_rank(layer.weight, layer.num_spatial_dims + 2)
+    if input_shape is not None and len(input_shape) != layer.num_spatial_dims + 1:
+        raise NoBound(
+            f"takes images with {layer.num_spatial_dims} spatial axes, and "
+            f"`input_shape` is {input_shape}: give `(channels, *spatial)`."
+        )
+    norm = lattice_norm(layer.weight, layer.stride, layer.dilation, layer.groups)
+    repeats = _repeats(layer, input_shape)
+    return norm if repeats == 1 else norm * _root_up(repeats)
+
+
+def _conv_transpose(layer: eqx.nn.ConvTranspose, input_shape: Shape) -> Bound:
+    # A circular one needs no factor: Equinox builds those for `SAME` padding only,
+    # where the output is one period of the convolution of a periodic image.
+    del input_shape
+    _check_rank(layer.weight, layer.num_spatial_dims + 2)
+    stride, dilation = layer.stride, layer.dilation
+    return lattice_norm(layer.weight, stride, dilation, layer.groups, transposed=True)
+
+
+def _check_rank(weight: Array, rank: int) -> None:
+    if weight.ndim != rank:
+        raise NoBound(
+            f"has a weight of rank {weight.ndim}, where one layer has rank {rank}: "
+            "bound the layers of a stack one by one, with `eqx.filter_vmap`."
+        )
+
+
+def _repeats(layer: eqx.nn.Conv, input_shape: Shape) -> int:
+    """By how much padding can enlarge the square of a norm: how often it repeats an
+    entry of the image, multiplied over the axes."""
+    extents = [
+        d * (k - 1) + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)
+    ]
+    padding = _explicit_padding(layer, extents, input_shape)
+    mode, unit = layer.padding_mode, all(s == 1 for s in layer.stride)
+    if mode == "ZEROS" or (padding and all(tuple(p) == (0, 0) for p in padding)):
+        return 1
+    if padding and mode == "CIRCULAR" and unit:
+        # A part of a circulant matrix, if no more comes out than goes in.
+        if all(sum(p) < extent for p, extent in zip(padding, extents, strict=True)):
+            return 1
+    if padding is None or input_shape is None:
+        raise NoBound(
+            f"pads with `padding_mode={mode!r}`, so that its bound depends on the size "
+            "of the image: give `input_shape`."
+        )
+    axes = zip(input_shape[1:], extents, padding, layer.stride, strict=True)
+    return math.prod(_repeats_along_axis(mode, *axis) for axis in axes)
+
+
+def _explicit_padding(
+    layer: eqx.nn.Conv, extents: list[int], input_shape: Shape
+) -> Sequence[tuple[int, int]] | None:
+    """The amounts of padding; `None` if they depend on a shape that is not given."""
+    if not isinstance(layer.padding, str):
+        return layer.padding
+    if input_shape is not None:
+        sizes = input_shape[1:]
+    elif layer.padding == "VALID" or all(s == 1 for s in layer.stride):
+        # Any size will do.
+        sizes = extents
+    else:
+        return None
+    return lax.padtype_to_pads(sizes, extents, layer.stride, layer.padding)
+
+
+def _repeats_along_axis(
+    padding_mode: str, size: int, extent: int, pads: tuple[int, int], stride: int
+) -> int:
+    steps = (size + sum(pads) - extent) // stride
+    mode: Any = {"REFLECT": "reflect", "REPLICATE": "edge", "CIRCULAR": "wrap"}
+    source = np.pad(np.arange(size), pads, mode=mode[padding_mode])
+    copies = int(np.bincount(source[: stride * steps + extent]).max(initial=1))
+    if padding_mode != "CIRCULAR":
+        return copies
+    # The output is a stretch of a periodic sequence. Where the stride does not divide
+    # the size, its period comes from several of the image's.
+    periods = stride // math.gcd(size, stride)
+    period = size * periods // stride
+    return min(copies, periods * -(-(steps + 1) // period))
+
+
+def _max_pool(layer: eqx.nn.Pool, input_shape: Shape) -> Bound:
+    # A window's maximum moves no more than what is in the window does; an entry counts
+    # in as many windows as it is in.
+    del input_shape
+    axes = zip(layer.kernel_size, layer.stride, strict=True)
+    return _root_up(math.prod(-(-k // s) for k, s in axes))
+
+
+def _sum_pool(layer: eqx.nn.Pool, input_shape: Shape) -> Bound:
+    del input_shape
+    return _root_up(_square_of_sums(layer))
+
+
+def _avg_pool(layer: eqx.nn.Pool, input_shape: Shape) -> Bound:
+    del input_shape
+    return _root_up(_square_of_sums(layer), math.prod(layer.kernel_size))
+
+
+def _square_of_sums(layer: eqx.nn.Pool) -> int:
+    # Along an axis, the symbol of a row of ones is largest at frequency zero, where its
+    # entries are the numbers of taps in each phase of the stride.
+    axes = zip(layer.kernel_size, layer.stride, strict=True)
+    return math.prod(sum(len(range(r, k, s)) ** 2 for r in range(s)) for k, s in axes)
+
+
+def _pool(layer: eqx.nn.Pool, input_shape: Shape) -> Bound:
+    if layer.operation is lax.max or layer.operation is lax.min:
+        return _max_pool(layer, input_shape)
+    if layer.operation is lax.add:
+        return _sum_pool(layer, input_shape)
+    raise NoBound(
+        "has an `operation` other than `lax.max`, `lax.min` and `lax.add`, for which "
+        "no Lipschitz bound is known."
+    )
+
+
+def _adaptive_pool(layer: eqx.nn.AdaptivePool, input_shape: Shape) -> Bound:
+    # The windows do not overlap.
+    if layer.operation is jnp.max or layer.operation is jnp.min:
+        return 1.0
+    if layer.operation is not jnp.mean:
+        raise NoBound(
+            "has an `operation` other than `jnp.max`, `jnp.min` and `jnp.mean`, for "
+            "which no Lipschitz bound is known."
+        )
+    if input_shape is None:
+        return 1.0
+    axes = zip(input_shape[1:], layer.target_shape, strict=True)
+    size = math.prod(max(n // target, 1) for n, target in axes)
+    return _root_up(size, size)
+
+
+def _prelu(layer: eqx.nn.PReLU, input_shape: Shape) -> Bound:
+    del input_shape
+    slopes = jnp.abs(widen(layer.negative_slope))
+    return jnp.max(slopes, initial=1)
+
+
+def _one(layer: Any, input_shape: Shape) -> Bound:
+    del layer, input_shape
+    return 1.0
+
+
+def _root_up(square: int, divisor: int = 1) -> float:
+    """`sqrt(square) / divisor`, rounded up."""
+    root = math.sqrt(square) / divisor
+    while Fraction(root) ** 2 * divisor**2 < square:
+        root = math.nextafter(root, math.inf)
+    return root
+
+
+def _refuse(reason: str) -> Rule:
+    def rule(layer: Any, input_shape: Shape) -> Bound:
+        del input_shape
+        name = type(layer).__name__
+        raise NoBound(
+            f"is a {name}, and {reason} For a bound of your own use "
+            f"`@eqxreg.lipschitz_bound.register({name})`."
+        )
+
+    return rule
+
+
+def _table(*rows: tuple[Rule, Sequence[type]]) -> dict[type, Rule]:
+    return {layer_type: rule for rule, types in rows for layer_type in types}
+
+
+LAYER_RULES: dict[type, Rule] = _table(
+    (_linear, [eqx.nn.Linear]),
+    (_conv, [eqx.nn.Conv]),
+    (_conv_transpose, [eqx.nn.ConvTranspose]),
+    (_max_pool, [eqx.nn.MaxPool1d, eqx.nn.MaxPool2d, eqx.nn.MaxPool3d]),
+    (_avg_pool, [eqx.nn.AvgPool1d, eqx.nn.AvgPool2d, eqx.nn.AvgPool3d]),
+    (_pool, [eqx.nn.Pool]),
+    (_adaptive_pool, [eqx.nn.AdaptivePool]),
+    (_prelu, [eqx.nn.PReLU]),
+    (_one, [eqx.nn.Dropout, eqx.nn.Identity, GroupSort, MaxMin]),
+    (
+        _refuse(
+            "the slope of a normalisation grows as 1/sqrt(eps) where its input is "
+            "nearly constant, so that its bound is of no use. Leave it out."
+        ),
+        [eqx.nn.LayerNorm, eqx.nn.RMSNorm, eqx.nn.GroupNorm],
+    ),
+    (
+        _refuse(
+            "its slope depends on the batch in training, and on its state in "
+            "inference, when it is an affine map: fold it into the layer before it."
+        ),
+        [eqx.nn.BatchNorm],
+    ),
+    (
+        _refuse(
+            "dot-product attention is not globally Lipschitz (Kim, Papamakarios and "
+            "Mnih, 2021): its slope grows with its input."
+        ),
+        [eqx.nn.MultiheadAttention],
+    ),
+    (
+        _refuse(
+            "it multiplies gates by its state, so that its slope grows with the state."
+        ),
+        [eqx.nn.GRUCell, eqx.nn.LSTMCell],
+    ),
+    (
+        _refuse(
+            "its input is a token, not a vector. Bound the network that comes after it."
+        ),
+        [eqx.nn.Embedding],
+    ),
+    (
+        _refuse("its arrays are not in place. Call it, and bound what it returns."),
+        [eqx.nn.Shared],
+    ),
+)
+"""A rule for each layer type, of which its subclasses are too."""

@@ -1,0 +1,206 @@
+r"""Weights scaled so that a norm that is a largest singular value is as planned.
+
+A plan of `_rescale.py` says what the norm is to be, as it does for the norm maps; what
+differs is the norm and its derivative. A `Measure` says what norm it is and how it is
+found: of a matrix or of any linear map that the weight makes, anew or from a vector
+that was good a moment ago.
+"""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Inexact
+
+from .._norms import narrow, widen
+from .._singular import (
+    LinearMap,
+    Top,
+    attained,
+    gram,
+    lanczos,
+    of_matrix,
+    power_iteration,
+    svd,
+    unit,
+)
+from ._matrix import (
+    over_blocks,
+)
+from ._rescale import Norms, Plan
+
+
+Estimator = Literal["lanczos", "gram", "svd"]
+"""How the largest singular value is found."""
+
+
+class Measure(NamedTuple):
+    """A norm of a weight, as the norm of a linear map that the weight makes."""
+
+    linear: Callable[[Array], LinearMap]
+    """The map, which depends on the weight linearly."""
+    top: Callable[[Array, Array], Top]
+    """Its largest singular value, from a weight and a vector to start from."""
+
+
+class Target(NamedTuple):
+    """What norm a weight is to have."""
+
+    plan: Callable[..., Plan]
+    bound: Float[Array, ""]
+
+
+def scale_norm(
+    target: Target,
+    measure: Measure,
+    weight: Inexact[Array, "*shape"],
+    start: Inexact[Array, " n"],
+) -> tuple[Inexact[Array, "*shape"], Inexact[Array, " n"]]:
+    r"""A weight, scaled so that its norm is as planned, and a vector to start from next
+    time. With $w \mapsto t\, w / \sigma$ and $\mathrm{d}\sigma = \mathrm{Re}\, u^H
+    A_{\mathrm{d}w} v$, the derivative is
+
+    $$\frac{t}{\sigma} \left(\mathrm{d}w -
+    \frac{w}{\sigma}\, \mathrm{Re}\, u^H A_{\mathrm{d}w} v\right).$$
+    """
+    return _scale_norm(target.plan, measure, weight, start, target.bound)
+
+
+@ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _scale_norm(plan, measure, weight, start, bound):
+    wide = widen(weight)
+    made, top = _planned(plan, measure, weight, start, bound)
+    factor = jnp.where(made.moves, _factor(made, top), 1).astype(wide.dtype)
+    return narrow(wide * factor, weight.dtype), next_start(top, start)
+
+
+@_scale_norm.defjvp
+def _(plan, measure, primals, tangents):
+    (weight, start, bound), (tangent, *_) = primals, tangents
+    wide, tangent = widen(weight), widen(tangent)
+    # The singular vectors count as constant: at the top of the spectrum their motion
+    # does not change the value, to first order.
+    made, top = _planned(plan, measure, lax.stop_gradient(weight), start, bound)
+    value = attained(top.value, top, measure.linear(wide).forward)
+    top = Top(value, top.left, top.right)
+    factor = jnp.where(made.moves, _factor(made, top), 1).astype(wide.dtype)
+    moved = wide * factor
+    along = _along(measure, top, tangent) / jnp.where(value > 0, value, 1)
+    change = (
+        factor * tangent - jnp.where(made.bends, along, 0).astype(wide.dtype) * moved
+    )
+    following = next_start(top, start)
+    tangents = change.astype(weight.dtype), jnp.zeros_like(following)
+    return (narrow(moved, weight.dtype), following), tangents
+
+
+def _planned(plan, measure, weight, start, bound):
+    top = measure.top(widen(weight), start)
+    norms = Norms(top.value, jnp.ones_like(top.value))
+    return plan(norms, weight.dtype, bound), top
+
+
+def _factor(made: Plan, top: Top) -> Array:
+    return made.target / jnp.where(top.value > 0, top.value, 1)
+
+
+def next_start(top: Top, start: Array) -> Array:
+    """The vector found, unless the weight is zero or not finite, and has none."""
+    return lax.stop_gradient(jnp.where(_is_positive(top.value), top.right, start))
+
+
+def _is_positive(value: Array) -> Bool[Array, ""]:
+    return (value > 0) & jnp.isfinite(value)
+
+
+def _along(measure: Measure, top: Top, tangent: Array) -> Float[Array, ""]:
+    left, right = lax.stop_gradient((top.left, top.right))
+    if measure.linear is of_matrix:
+        # One pass over the tangent; in the transpose an outer product, which is never
+        # written to memory by itself.
+        outer = jnp.conj(left)[:, None] * right[None, :]
+        return jnp.sum(jnp.real(outer * tangent))
+    image = measure.linear(tangent).forward(right)
+    return jnp.sum(jnp.real(jnp.conj(left) * image))
+
+
+# Estimates of the norm of a matrix, from a weight and a vector to start from.
+
+
+def _lanczos(linear: Callable[[Array], LinearMap], weight: Array, start: Array) -> Top:
+    return from_start(linear(weight), start)
+
+
+def from_start(linear: LinearMap, start: Inexact[Array, " n"], **options: Any) -> Top:
+    """Lanczos on the side with fewer dimensions, which it exhausts sooner."""
+    image = linear.forward(start)
+    if image.size < start.size:
+        return lanczos(linear.flipped, unit(image)[0], **options).flipped
+    return lanczos(linear, start, **options)
+
+
+def _power(
+    steps: int, linear: Callable[[Array], LinearMap], weight: Array, start: Array
+) -> Top:
+    return power_iteration(linear(weight), start, steps)
+
+
+def _frozen(linear: Callable[[Array], LinearMap], weight: Array, start: Array) -> Top:
+    left, value = unit(linear(weight).forward(start))
+    return Top(value, left, start)
+
+
+ESTIMATORS: dict[str, Measure] = {
+    "lanczos": Measure(of_matrix, ft.partial(_lanczos, of_matrix)),
+    "gram": Measure(of_matrix, lambda weight, _: gram(weight)),
+    "svd": Measure(of_matrix, lambda weight, _: svd(weight)),
+}
+
+
+# The same measure for the same arguments, for what is compiled is kept by measure.
+
+
+@ft.lru_cache
+def cold(linear: Callable[[Array], LinearMap]) -> Measure:
+    """The norm of a linear map, from any start."""
+    return Measure(linear, ft.partial(_lanczos, linear))
+
+
+@ft.lru_cache
+def warm(steps: int, linear: Callable[[Array], LinearMap] = of_matrix) -> Measure:
+    """By steps of power iteration, from what the last ones found."""
+    return Measure(linear, ft.partial(_power, steps, linear))
+
+
+@ft.lru_cache
+def frozen(linear: Callable[[Array], LinearMap] = of_matrix) -> Measure:
+    """By the vector that was found, unchanged."""
+    return Measure(linear, ft.partial(_frozen, linear))
+
+
+# Compiled as a whole, for outside of `jit` every loop is compiled anew in every call.
+
+
+@ft.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def scaled_blocks(measure, plan, bound, matrices, starts):
+    scale = ft.partial(scale_norm, Target(plan, bound), measure)
+    return over_blocks(scale, matrices, starts)
+
+
+@ft.partial(jax.jit, static_argnums=0, inline=True)
+def block_values(measure, matrices, starts):
+    def value(matrix, start):
+        top = measure.top(lax.stop_gradient(matrix), start)
+        return attained(top.value, top, of_matrix(matrix).forward)
+
+    return over_blocks(value, matrices, starts)
+
+
+# From a vector that was good before the last few updates.
+WARM_LANCZOS = Measure(
+    of_matrix,
+    lambda weight, start: from_start(of_matrix(weight), start, steps=6),
+)

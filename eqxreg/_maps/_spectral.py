@@ -1,0 +1,367 @@
+r"""Maps that bound the largest singular value of a weight.
+
+`SpectralNorm` and `SpectralScale` scale a matrix by one number, as `_scale_norm.py`
+does it. `SpectralCap` moves each singular value by itself.
+"""
+
+import abc
+from typing import Any, get_args
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float, Inexact
+
+from .._norms import anywhere, tolerance, wide_dtype, widen
+from .._polar import Way, cap
+from .._singular import (
+    Top,
+    fixed_vector,
+)
+from ._base import Bound, StoredBound, bound_value, check_bound
+from ._matrix import (
+    MatrixProjection,
+    RowAxes,
+    Rows,
+    automatically_measured,
+    automatically_sharded,
+    check_blocks,
+    check_matrix,
+    from_matrices,
+    on_matrices,
+    over_blocks,
+    to_matrices,
+)
+from ._rescale import at_most, exactly
+from ._scale_norm import (
+    ESTIMATORS,
+    WARM_LANCZOS,
+    Estimator,
+    Measure,
+    Target,
+    block_values,
+    next_start,
+    scaled_blocks,
+)
+
+
+def check_method(method: Any, known: tuple[str, ...], default: str) -> Any:
+    """`method`, or an error that lists the ones there are."""
+    if method not in (None, *known):
+        names = ", ".join(f'"{name}"' for name in known)
+        raise ValueError(
+            f"`method` must be {names} or None ({default}), got {method!r}."
+        )
+    return method
+
+
+class _SpectralScaling(MatrixProjection):
+    """What `SpectralNorm` and `SpectralScale` share: the weight is multiplied by one
+    number for each of its matrices."""
+
+    matrix: Rows = eqx.field(static=True)
+    blocks: int = eqx.field(static=True)
+    method: str | None = eqx.field(static=True)
+
+    def __init__(self, matrix: RowAxes, blocks: int, method: str | None):
+        self.matrix = check_matrix(matrix)
+        self.blocks = check_blocks(blocks)
+        self.method = check_method(method, get_args(Estimator), "lanczos")
+
+    @property
+    def _measure(self) -> Measure:
+        return ESTIMATORS[self.method or "lanczos"]
+
+    def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+        self.check(raw)
+        return self.measured(raw, self._measure, self.cold_start(raw))[0]
+
+    def cold_start(self, weight: Inexact[Array, "..."]) -> Inexact[Array, "blocks n"]:
+        """Vectors to start from, one for each matrix."""
+        matrices = jax.eval_shape(lambda w: widen(self._matrices(w)), weight)
+        blocks, _, columns = matrices.shape
+        start = fixed_vector(columns, matrices.dtype)
+        return jnp.broadcast_to(start, (blocks, columns))
+
+    def measured(
+        self,
+        raw: Inexact[Array, "*shape"],
+        measure: Measure,
+        starts: Inexact[Array, "blocks n"],
+    ) -> tuple[Inexact[Array, "*shape"], Inexact[Array, "blocks n"]]:
+        """The map, with the norms of the matrices as measured from some vectors, and
+        the vectors to start from next time."""
+        target = self.plan(raw.dtype)
+
+        def scaled(raw: Array, starts: Array) -> tuple[Array, Array]:
+            matrices, starts = scaled_blocks(
+                measure, target.plan, target.bound, self._matrices(raw), starts
+            )
+            return from_matrices(matrices, raw.shape, self.matrix), starts
+
+        return automatically_sharded(scaled, raw, starts)
+
+    def _start(self, weight):
+        measure, cold_start = ESTIMATORS["lanczos"], self.cold_start(weight)
+        return self.measured(weight, measure, cold_start)[1]
+
+    def _step(self, weight, start):
+        return self.measured(weight, WARM_LANCZOS, start)
+
+    def _matrices(self, weight: Array) -> Array:
+        return to_matrices(weight, self.matrix, self.blocks)
+
+    def top(self, weight: Array, measure: Measure, starts: Array) -> Top:
+        """The largest singular values of the matrices, and their vectors."""
+        return over_blocks(measure.top, widen(self._matrices(weight)), starts)
+
+    def singular_values(self, weight: Inexact[Array, "..."]) -> Float[Array, " blocks"]:
+        """The largest singular value of each matrix."""
+
+        def values(weight):
+            matrices = widen(self._matrices(weight))
+            return block_values(self._measure, matrices, self.cold_start(weight))
+
+        return automatically_measured(values, weight)
+
+    @abc.abstractmethod
+    def plan(self, dtype) -> Target:
+        """What norm a weight of this dtype is to have."""
+
+
+class SpectralNorm(_SpectralScaling):
+    r"""The weights of spectral norm exactly `norm`: the matrix is divided by its
+    largest singular value,
+
+    $$W \mapsto \frac{c\, W}{\sigma_1(W)}.$$
+
+    The singular value is computed anew in every call, from a fixed start, to a relative
+    error of 1e-3 at most and far less as a rule: the map has no state and goes
+    anywhere, into `eqx.nn.MLP`, recurrent cells or `jax.lax.scan`. At a few dozen
+    matrix-vector products it is not for free; [`eqxreg.SpectralNormConstraint`][] needs
+    two, for it remembers the singular vectors.
+
+    The gradient is $\frac{c}{\sigma_1} (G - \frac{1}{\sigma_1} \langle W, G \rangle\,
+    u_1 v_1^H)$. Singular vectors count as constants in second derivatives. A zero
+    weight stays zero, with the gradient of the identity.
+
+    A convolution's kernel counts as the matrix of its filters, whose norm is less than
+    that of the convolution, by a factor of up to the square root of the number of
+    pixels of the kernel. For the convolution itself use
+    [`eqxreg.SpectralNormConstraint`][] with its `input_shape`.
+
+    !!! example
+
+        ```python
+        >>> import jax.numpy as jnp
+        >>> import eqxreg
+        >>> weight = jnp.array([[3.0, 0.0], [0.0, 1.0]])
+        >>> with jnp.printoptions(precision=3):
+        ...     print(eqxreg.SpectralNorm(1.5)(weight))
+        [[1.5 0. ]
+         [0.  0.5]]
+
+        ```
+
+    ??? cite
+
+        [Spectral Normalization for Generative Adversarial
+        Networks](https://arxiv.org/abs/1802.05957), Miyato, Kataoka, Koyama and
+        Yoshida.
+    """
+
+    norm: StoredBound
+
+    def __init__(
+        self,
+        norm: Bound = 1.0,
+        *,
+        matrix: RowAxes = "unit",
+        blocks: int = 1,
+        method: Estimator | None = None,
+    ):
+        """**Arguments:**
+
+        - `norm`: the spectral norm $c$: a positive number, JAX scalar array or
+            schedule. Defaults to 1.
+        - `matrix`: which axes are the rows of the matrix; the others, flattened, are
+            its columns. `"unit"`, axis 0, is right for all layers of Equinox. (Keyword
+            only argument.)
+        - `blocks`: the number of equal blocks of rows that are matrices of their own: 3
+            for the fused gates of a GRU, 4 for those of an LSTM, `groups` for a grouped
+            convolution. Defaults to 1. (Keyword only argument.)
+        - `method`: how the singular value is found: `"lanczos"`; `"gram"`, by matrix
+            products, which is never below the truth and at most 1e-4 above it; or
+            `"svd"`. Defaults to `"lanczos"`. (Keyword only argument.)
+
+        **Raises:**
+
+        - `ValueError`: if `norm` is not positive and finite, `matrix`, `blocks` or
+            `method` is none of the above, or, when called, if the weight's rank is
+            below 2 or `blocks` does not divide its rows.
+        """
+        self.norm = check_bound(norm, "norm", minimum=0, strict=True)
+        super().__init__(matrix, blocks, method)
+
+    def plan(self, dtype) -> Target:
+        return Target(exactly, bound_value(self.norm, wide_dtype(dtype)))
+
+    def contains(
+        self, weight: Inexact[Array, "..."], tol: ArrayLike | None = None
+    ) -> Bool[Array, ""]:
+        tol = tolerance(weight.dtype) if tol is None else tol
+        values = self.singular_values(weight)
+        bound = bound_value(self.norm, values.dtype)
+        return jnp.all(jnp.abs(values - bound) <= tol * bound)
+
+
+class SpectralScale(_SpectralScaling):
+    r"""The weights of spectral norm at most `cap`: if the largest singular value is
+    above it, the whole matrix is scaled down,
+
+    $$W \mapsto W \min\left(1, \frac{c}{\sigma_1(W)}\right).$$
+
+    Cheaper than [`eqxreg.SpectralCap`][], which is the nearest point of the same set.
+    All else is as in [`eqxreg.SpectralNorm`][]. Since the singular value is found from
+    below, the result may be above `cap` by the error of that, 1e-3 at most and far less
+    as a rule; with `method="gram"` it is never above.
+
+    !!! example
+
+        ```python
+        >>> import jax.numpy as jnp
+        >>> import eqxreg
+        >>> weight = jnp.array([[3.0, 0.0], [0.0, 1.0]])
+        >>> with jnp.printoptions(precision=3):
+        ...     print(eqxreg.SpectralScale(1.5)(weight))
+        [[1.5 0. ]
+         [0.  0.5]]
+
+        ```
+    """
+
+    cap: StoredBound
+
+    def __init__(
+        self,
+        cap: Bound = 1.0,
+        *,
+        matrix: RowAxes = "unit",
+        blocks: int = 1,
+        method: Estimator | None = None,
+    ):
+        """**Arguments:**
+
+        - `cap`: the bound $c$: a positive number, JAX scalar array or schedule.
+            Defaults to 1.
+        - `matrix`, `blocks`, `method`: as in [`eqxreg.SpectralNorm`][]. (Keyword only
+            arguments.)
+
+        **Raises:**
+
+        - As [`eqxreg.SpectralNorm`][] does.
+        """
+        self.cap = check_bound(cap, "cap", minimum=0, strict=True)
+        super().__init__(matrix, blocks, method)
+
+    def plan(self, dtype) -> Target:
+        return Target(at_most, bound_value(self.cap, wide_dtype(dtype)))
+
+    def contains(
+        self, weight: Inexact[Array, "..."], tol: ArrayLike | None = None
+    ) -> Bool[Array, ""]:
+        tol = tolerance(weight.dtype) if tol is None else tol
+        values = self.singular_values(weight)
+        return jnp.all(values <= bound_value(self.cap, values.dtype) * (1 + tol))
+
+
+class SpectralCap(MatrixProjection):
+    r"""The weights with all singular values at most `cap`: those above it are lowered
+    to it, the others are left alone,
+
+    $$U \Sigma V^H \mapsto U \min(\Sigma, c) V^H.$$
+
+    This is the Euclidean projection onto the ball of the spectral norm. A matrix inside
+    keeps its bits.
+
+    There are two ways to compute it. A factorisation, the eigendecomposition of
+    $W^H W$, is the default on CPUs; matrix products only, by an iteration of Newton and
+    Schulz, the default elsewhere. The derivative is that of the map, by a factorisation
+    in either case, and is finite everywhere; what is at the bound counts as inside.
+
+    !!! example
+
+        ```python
+        >>> import jax.numpy as jnp
+        >>> import eqxreg
+        >>> weight = jnp.array([[3.0, 0.0], [0.0, 1.0]])
+        >>> with jnp.printoptions(precision=3):
+        ...     print(eqxreg.SpectralCap(1.5)(weight))
+        [[1.5 0. ]
+         [0.  1. ]]
+
+        ```
+    """
+
+    cap: StoredBound
+    matrix: Rows = eqx.field(static=True)
+    blocks: int = eqx.field(static=True)
+    method: Way | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        cap: Bound = 1.0,
+        *,
+        matrix: RowAxes = "unit",
+        blocks: int = 1,
+        method: Way | None = None,
+    ):
+        """**Arguments:**
+
+        - `cap`: the bound $c$: a positive number, JAX scalar array or schedule.
+            Defaults to 1.
+        - `matrix`, `blocks`: as in [`eqxreg.SpectralNorm`][]. (Keyword only arguments.)
+        - `method`: `"factorisation"`, `"products"`, or `None` for what suits the
+            platform. Defaults to `None`. (Keyword only argument.)
+
+        **Raises:**
+
+        - `ValueError`: if `cap` is not positive and finite, `matrix`, `blocks` or
+            `method` is none of the above, or, when called, if the weight's rank is
+            below 2 or `blocks` does not divide its rows.
+        """
+        self.cap = check_bound(cap, "cap", minimum=0, strict=True)
+        self.matrix = check_matrix(matrix)
+        self.blocks = check_blocks(blocks)
+        self.method = check_method(method, get_args(Way), "what suits the platform")
+
+    def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+        self.check(raw)
+        bound = bound_value(self.cap, wide_dtype(raw.dtype))
+        return on_matrices(self, lambda m: cap(m, bound, self.method), raw)
+
+    def contains(
+        self, weight: Inexact[Array, "..."], tol: ArrayLike | None = None
+    ) -> Bool[Array, ""]:
+        return self._scaling.contains(weight, tol)
+
+    # Much of the time a projection after the update finds a matrix that is well inside,
+    # and a few products from a good start are enough to see that.
+
+    def _start(self, weight):
+        return self._scaling._start(weight)
+
+    def _step(self, weight, start):
+        def step(weight, start):
+            top = self._scaling.top(weight, WARM_LANCZOS, start)
+            bound = bound_value(self.cap, top.value.dtype)
+            near = anywhere(jnp.any(~(top.value < 0.9 * bound)))
+            weight = lax.cond(near, self, lambda w: w, weight)
+            return weight, jax.vmap(next_start)(top, start)
+
+        return automatically_sharded(step, weight, start)
+
+    @property
+    def _scaling(self) -> SpectralScale:
+        return SpectralScale(self.cap, matrix=self.matrix, blocks=self.blocks)

@@ -1,0 +1,308 @@
+r"""The largest singular value of a linear map, and what attains it.
+
+Each estimator takes the map as a pair of functions, so that a matrix, a convolution and
+a sharded weight are served by the same code:
+
+- `power_step`: two products from a good start, as training has it; from below.
+- `lanczos`: from any start, a few dozen products; from below, to about 1e-6 as a rule
+  and to 1e-4 where many singular values crowd at the top.
+- `gram`: matrix products, for matrices only; from above, so that it certifies.
+- `svd`: for matrices only; the reference.
+
+All of them give $u$ and $v$ with $A v = \sigma u$, and hence one derivative,
+$\mathrm{d}\sigma = \mathrm{Re}\, u^H\, \mathrm{d}A\, v$: `attained`. Where several
+singular values are the largest, it is the derivative along one of their directions.
+"""
+
+import functools as ft
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Inexact, UInt32
+
+from ._norms import real_dtype, squared_magnitude, with_derivative_of
+
+
+class LinearMap(NamedTuple):
+    """A linear map between vectors, and its adjoint."""
+
+    forward: Callable[[Array], Array]
+    adjoint: Callable[[Array], Array]
+
+    @property
+    def flipped(self) -> "LinearMap":
+        return LinearMap(self.adjoint, self.forward)
+
+
+class Top(NamedTuple):
+    """The largest singular value, or an estimate, with its unit vectors. Of a map that
+    is zero, the vectors are zero too."""
+
+    value: Float[Array, ""]
+    left: Inexact[Array, " m"]
+    right: Inexact[Array, " n"]
+
+    @property
+    def flipped(self) -> "Top":
+        return Top(self.value, self.right, self.left)
+
+
+def matmul(a: Inexact[Array, "..."], b: Inexact[Array, "..."]) -> Array:
+    """The matrix product in the full precision of its arguments, on accelerators too,
+    where by default it is not."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def adjoint(matrix: Inexact[Array, "*batch m n"]) -> Inexact[Array, "*batch n m"]:
+    """The conjugate transpose."""
+    return jnp.conj(jnp.swapaxes(matrix, -1, -2))
+
+
+def of_matrix(matrix: Inexact[Array, "m n"]) -> LinearMap:
+    """A matrix as a linear map."""
+    return LinearMap(
+        lambda v: matmul(matrix, v),
+        lambda u: jnp.conj(matmul(jnp.conj(u), matrix)),
+    )
+
+
+def unit(x: Inexact[Array, " n"]) -> tuple[Inexact[Array, " n"], Float[Array, ""]]:
+    """`x` at norm one, and its norm, without overflow. Zero stays zero."""
+    parts = (lax.real(x), lax.imag(x)) if jnp.iscomplexobj(x) else (x,)
+    peaks = [jnp.max(jnp.abs(part), initial=0) for part in parts]
+    peak = ft.reduce(jnp.maximum, peaks)
+    # Below the normal numbers a division would not be exact enough.
+    nonzero = ~(peak < jnp.finfo(peak.dtype).tiny)
+    scaled = x / jnp.where(nonzero, peak, 1).astype(x.dtype)
+    norm = jnp.sqrt(jnp.sum(squared_magnitude(scaled)))
+    norm = jnp.where(nonzero, norm, 1)
+    direction = jnp.where(nonzero, scaled / norm.astype(x.dtype), 0)
+    return direction, jnp.where(nonzero, norm * peak, 0)
+
+
+def start_vector(matrix: Inexact[Array, "m n"]) -> Inexact[Array, " n"]:
+    """A unit vector to start from, of the matrix's domain."""
+    return fixed_vector(matrix.shape[1], matrix.dtype)
+
+
+def fixed_vector(size: int, dtype) -> Inexact[Array, " n"]:
+    """A fixed unit vector that is special to no matrix, for it is pseudo-random."""
+    bits = _mixed(jnp.arange(size, dtype=jnp.uint32))
+    # The upper 24 bits, as a number in [-1, 1).
+    uniform = (bits >> 8).astype(real_dtype(dtype)) / 2**23 - 1
+    return unit(uniform.astype(dtype))[0]
+
+
+def _mixed(x: UInt32[Array, " n"]) -> UInt32[Array, " n"]:
+    # The finaliser of MurmurHash3, https://github.com/aappleby/smhasher.
+    x = x + jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
+
+
+def attained(
+    value: Float[Array, ""], top: Top, forward: Callable[[Array], Array]
+) -> Float[Array, ""]:
+    """`value`, an estimate of the norm of `forward`, with the derivative of the largest
+    singular value. `forward` depends on what is differentiated; all else is taken to
+    be constant."""
+    left, right = lax.stop_gradient((top.left, top.right))
+    inner = jnp.sum(jnp.real(jnp.conj(left) * forward(right)))
+    return with_derivative_of(lax.stop_gradient(value), inner)
+
+
+def power_step(linear: LinearMap, right: Inexact[Array, " n"]) -> Top:
+    """One step of power iteration, from a unit vector. The value is read off the second
+    product, which is as good as half a step more."""
+    left, _ = unit(linear.forward(right))
+    right, value = unit(linear.adjoint(left))
+    return Top(value, left, right)
+
+
+def power_iteration(linear: LinearMap, start: Inexact[Array, " n"], steps: int) -> Top:
+    """Steps of power iteration, from a unit vector that was good a moment ago."""
+    top = power_step(linear, start)
+    for _ in range(steps - 1):
+        top = power_step(linear, top.right)
+    return top
+
+
+def search(linear: LinearMap, right: Inexact[Array, " n"]) -> Inexact[Array, " n"]:
+    """A vector that is stretched most, for power iteration to go on from. It looks
+    further than around `right`, which may have been overtaken unseen: in floating
+    point, a direction that power iteration has long shrunk is gone."""
+    start = unit(right + fixed_vector(right.size, right.dtype) / 2)[0]
+    return _krylov(linear, start, min(8, right.size))
+
+
+def lanczos(
+    linear: LinearMap,
+    start: Inexact[Array, " n"],
+    *,
+    steps: int = 24,
+    tol: float = 1e-3,
+    cycles: int = 8,
+) -> Top:
+    r"""Golub-Kahan-Lanczos bidiagonalisation with full reorthogonalisation, restarted
+    with the vector it has found until that is a singular vector to within `tol`.
+
+    **Arguments:**
+
+    - `linear`: the map. Flip it if its domain is larger than its range.
+    - `start`: a unit vector of its domain.
+    - `steps`: the dimension of the Krylov space. It need not be more than that of
+        `start`.
+    - `tol`: the residual $\lVert A^H u - \sigma v \rVert / \sigma$ to stop at. The
+        error of $\sigma$ is of the order of its square.
+    - `cycles`: the largest number of spaces to build.
+
+    **Returns:**
+
+    An estimate that is not above the truth, but for rounding.
+
+    ??? cite
+
+        [Calculating the Singular Values and Pseudo-Inverse of a
+        Matrix](https://doi.org/10.1137/0702016), Golub and Kahan, 1965. [Low-Rank
+        Matrix Approximation Using the Lanczos Bidiagonalization
+        Process](https://doi.org/10.1137/S1064827597327309), Simon and Zha, 2000.
+    """
+    steps = min(steps, start.size)
+
+    def cycle(carry):
+        count, top, _ = carry
+        right = _krylov(linear, top.right, steps)
+        left, value = unit(linear.forward(right))
+        image = linear.adjoint(left)
+        residual = unit(image - value.astype(image.dtype) * right)[1]
+        right, value = unit(image)
+        return count + 1, Top(value, left, right), residual
+
+    def unfinished(carry):
+        count, top, residual = carry
+        return (count == 0) | ((count < cycles) & (residual > tol * top.value))
+
+    left = jnp.zeros_like(jax.eval_shape(linear.forward, start))
+    zero = jnp.zeros((), real_dtype(start.dtype))
+    carry = (jnp.zeros((), jnp.int32), Top(zero, left, start), zero)
+    return lax.while_loop(unfinished, cycle, carry)[1]
+
+
+def _krylov(
+    linear: LinearMap, start: Inexact[Array, " n"], steps: int
+) -> Inexact[Array, " n"]:
+    """The unit vector of the Krylov space of `start` that is stretched most."""
+
+    def extend(j, carry):
+        basis, images, v = carry
+        image = linear.forward(v)
+        basis, images = basis.at[j].set(v), images.at[j].set(image)
+        w, size = unit(linear.adjoint(unit(image)[0]))
+        # Twice is enough.
+        for _ in range(2):
+            w = w - matmul(matmul(jnp.conj(basis), w), basis)
+        w, left_over = unit(w)
+        # Of a space that is exhausted only rounding is left.
+        exhausted = (left_over < 100 * jnp.finfo(size.dtype).eps) | (size == 0)
+        return basis, images, jnp.where(exhausted, 0, w)
+
+    image = jax.eval_shape(linear.forward, start)
+    basis = jnp.zeros((steps, *start.shape), start.dtype)
+    images = jnp.zeros((steps, *image.shape), image.dtype)
+    basis, images, _ = lax.fori_loop(0, steps, extend, (basis, images, start))
+    images = images / _size_or_one(images)
+    weights = _top_eigenvector(matmul(jnp.conj(images), images.T))
+    return unit(matmul(weights, basis))[0]
+
+
+def _top_eigenvector(matrix: Inexact[Array, "n n"]) -> Inexact[Array, " n"]:
+    """Of a small positive semidefinite matrix, by squaring it over and over. If several
+    eigenvalues are the largest, some vector of theirs."""
+
+    def square(_, matrix):
+        matrix = matrix / _size_or_one(matrix)
+        return matmul(matrix, matrix)
+
+    # The power 2^20: what is left of an eigenvalue that is by 1e-5 smaller is 1e-5.
+    matrix = lax.fori_loop(0, 20, square, matrix)
+    longest = jnp.argmax(jnp.sum(squared_magnitude(matrix), axis=0))
+    return unit(matrix[:, longest])[0]
+
+
+def _size_or_one(x: Inexact[Array, "..."]) -> Inexact[Array, ""]:
+    """A number of the order of the entries of `x` that may be divided by."""
+    size = jnp.max(jnp.abs(x), initial=0)
+    return jnp.where(size > 0, size, 1).astype(x.dtype)
+
+
+def gram(matrix: Inexact[Array, "m n"], rtol: float = 2e-5) -> Top:
+    r"""Gram iteration: squares $G = A^H A$ until its Frobenius norm tells its largest
+    eigenvalue,
+
+    $$\sigma_1 \le \lVert G^{2^t} \rVert_F^{2^{-t-1}} \le r^{2^{-t-2}} \sigma_1.$$
+
+    **Arguments:**
+
+    - `matrix`: a matrix of rank $r$ at most.
+    - `rtol`: how much above the truth the result may be, relatively, before rounding.
+
+    **Returns:**
+
+    An estimate that is not below the truth: a margin for rounding, of about 1e-5 to
+    1e-4 in float32, is in it. The margin grows with the square root of the size, as
+    the rounding error of a sum does; no proof covers a matrix made to round badly.
+
+    ??? cite
+
+        [Efficient Bound of Lipschitz Constant for Convolutional Layers by Gram
+        Iteration](https://arxiv.org/abs/2305.16173), Delattre, Barthélemy, Araujo and
+        Allauzen, 2023.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        return gram(adjoint(matrix), rtol).flipped
+    rows, size = matrix.shape
+    squarings = math.ceil(math.log2(max(math.log(max(size, 2)) / (4 * rtol), 1)))
+    peak = _size_or_one(matrix)
+    scaled = matrix / peak
+
+    def frobenius(x):
+        return jnp.sqrt(jnp.sum(squared_magnitude(x)))
+
+    def nonzero(norm):
+        return jnp.where(norm == 0, 1, norm)
+
+    def square(t, carry):
+        power, log_value = carry
+        power = matmul(power, power)
+        norm = nonzero(frobenius(power))
+        log_value = log_value + jnp.log(norm) * 0.5 ** (t + 1).astype(norm.dtype)
+        return power / norm.astype(power.dtype), log_value
+
+    first = matmul(adjoint(scaled), scaled)
+    norm = frobenius(first)
+    carry = (first / nonzero(norm).astype(first.dtype), jnp.log(nonzero(norm)))
+    power, log_value = lax.fori_loop(0, squarings, square, carry)
+    eps = float(jnp.finfo(matrix.dtype).eps)
+    margin = 8 * eps * (squarings + math.sqrt(max(rows, size)))
+    value = jnp.exp(log_value / 2) * jnp.real(peak) * (1 + margin)
+    value = jnp.where(norm == 0, 0, value)
+    longest = jnp.argmax(jnp.sum(squared_magnitude(power), axis=0))
+    left, _ = unit(matmul(scaled, unit(power[:, longest])[0]))
+    right, _ = unit(matmul(adjoint(scaled), left))
+    return Top(value, left, right)
+
+
+def svd(matrix: Inexact[Array, "m n"]) -> Top:
+    """By the singular value decomposition."""
+    peak = _size_or_one(matrix)
+    # LAPACK might not return from an infinity.
+    finite = jnp.all(jnp.isfinite(matrix))
+    scaled = jnp.where(finite, matrix / peak, 0)
+    left, values, right = jnp.linalg.svd(scaled, full_matrices=False)
+    value = jnp.where(finite, values[0] * jnp.real(peak), jnp.nan)
+    return Top(value, left[:, 0], jnp.conj(right[0]))
