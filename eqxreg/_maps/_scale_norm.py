@@ -160,25 +160,32 @@ ESTIMATORS: dict[str, Measure] = {
 }
 
 
-# The same measure for the same arguments, for what is compiled is kept by measure.
-
-
-@ft.lru_cache
 def cold(linear: Callable[[Array], LinearMap]) -> Measure:
     """The norm of a linear map, from any start."""
-    return Measure(linear, ft.partial(_lanczos, linear))
+    return ESTIMATORS["lanczos"] if linear is of_matrix else _by(_lanczos, linear)
 
 
-@ft.lru_cache
 def warm(steps: int, linear: Callable[[Array], LinearMap] = of_matrix) -> Measure:
     """By steps of power iteration, from what the last ones found."""
-    return Measure(linear, ft.partial(_power, steps, linear))
+    return _warm(steps) if linear is of_matrix else _by(_power, linear, steps)
 
 
-@ft.lru_cache
 def frozen(linear: Callable[[Array], LinearMap] = of_matrix) -> Measure:
     """By the vector that was found, unchanged."""
-    return Measure(linear, ft.partial(_frozen, linear))
+    return _FROZEN if linear is of_matrix else _by(_frozen, linear)
+
+
+def _by(top: Callable, linear: Callable[[Array], LinearMap], *args: int) -> Measure:
+    return Measure(linear, ft.partial(top, *args, linear))
+
+
+# One object for each, for what is compiled is kept by measure.
+_FROZEN = _by(_frozen, of_matrix)
+
+
+@ft.cache
+def _warm(steps: int) -> Measure:
+    return _by(_power, of_matrix, steps)
 
 
 # Compiled as a whole, for outside of `jit` every loop is compiled anew in every call.

@@ -1,30 +1,18 @@
 r"""Maps to weights of a given structure: symmetric, semidefinite, of low rank, masked.
 
-They are linear but for two, which decompose: $W = V \Lambda V^H$ or $W = U \Sigma V^H$,
-some of whose values are kept and the others dropped. Each matrix is decomposed at a
-size of about one; a derivative needs only the ratios of its values.
+The nearest points and their derivatives are in `_nearest.py`.
 """
 
 import functools as ft
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Bool, Float, Inexact
+from jaxtyping import Array, Bool, Inexact
 
-from .._factors import singular_derivative
-from .._norms import (
-    is_half,
-    margin,
-    squared_magnitude,
-    tolerance,
-    widen,
-)
-from .._singular import adjoint, matmul
+from .._singular import adjoint
 from ._base import Projection, Shaped, check_dtype
 from ._matrix import (
     Matrices,
@@ -37,6 +25,7 @@ from ._matrix import (
     matrix_shape,
     on_matrices,
 )
+from ._nearest import mean_with, minus_adjoint, nearest_of_rank, nearest_semidefinite
 
 
 class Symmetric(SquareProjection):
@@ -79,7 +68,7 @@ class Symmetric(SquareProjection):
 
     def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         self.check(raw)
-        return on_matrices(self, ft.partial(_mean_with, adjoint), raw)
+        return on_matrices(self, ft.partial(mean_with, adjoint), raw)
 
 
 class SkewSymmetric(SquareProjection):
@@ -118,7 +107,7 @@ class SkewSymmetric(SquareProjection):
 
     def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         self.check(raw)
-        return on_matrices(self, ft.partial(_mean_with, _minus_adjoint), raw)
+        return on_matrices(self, ft.partial(mean_with, minus_adjoint), raw)
 
 
 class PositiveSemidefinite(SquareProjection):
@@ -167,7 +156,7 @@ class PositiveSemidefinite(SquareProjection):
         self.check(raw)
         if raw.size == 0:
             return raw
-        return on_matrices(self, _nearest_semidefinite, raw)
+        return on_matrices(self, nearest_semidefinite, raw)
 
 
 class LowRank(MatrixProjection):
@@ -235,8 +224,8 @@ class LowRank(MatrixProjection):
 
         def nearest(matrices: Matrices) -> Matrices:
             if rows < columns:
-                return adjoint(_nearest_of_rank(self.rank, adjoint(matrices)))
-            return _nearest_of_rank(self.rank, matrices)
+                return adjoint(nearest_of_rank(self.rank, adjoint(matrices)))
+            return nearest_of_rank(self.rank, matrices)
 
         return on_matrices(self, nearest, raw)
 
@@ -298,177 +287,3 @@ class Masked(Projection):
         self.check(raw)
         mask = jnp.broadcast_to(self.mask, raw.shape)
         return jnp.where(mask | ~jnp.isfinite(raw), raw, 0)
-
-
-def _minus_adjoint(matrices: Matrices) -> Matrices:
-    return -adjoint(matrices)
-
-
-@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _mean_with(mirror: Callable[[Array], Array], matrices: Matrices) -> Matrices:
-    """The mean of a matrix and its mirror image; where both are equal, to the bit."""
-    wide = widen(matrices)
-    # Halved first, so that no sum overflows; XLA would halve the sum.
-    halves = lax.optimization_barrier((wide * 0.5, mirror(wide) * 0.5))
-    mean = (halves[0] + halves[1]).astype(matrices.dtype)
-    return jnp.where(matrices == mirror(matrices), matrices, mean)
-
-
-@_mean_with.defjvp
-def _(mirror, primals, tangents):
-    wide = widen(tangents[0])
-    mean = (wide + mirror(wide)) / 2
-    return _mean_with(mirror, *primals), mean.astype(tangents[0].dtype)
-
-
-class _Scaled(NamedTuple):
-    """Matrices that can be decomposed: in at least single precision, finite, and with
-    entries of at most about one."""
-
-    matrices: Matrices
-    scale: Float[Array, "blocks 1 1"]
-    """What they were divided by: a power of two, so that no bit is lost."""
-    finite: Bool[Array, "blocks 1 1"]
-    """Where this is false, a matrix had NaNs or infinities, and now is zero."""
-
-    def undo(self, matrices: Matrices) -> Matrices:
-        return matrices * self.scale.astype(matrices.dtype)
-
-
-def _scaled(matrices: Matrices) -> _Scaled:
-    axes = (-2, -1)
-    finite = jnp.all(jnp.isfinite(matrices), axis=axes, keepdims=True)
-    wide = jnp.where(finite, widen(matrices), 0)
-    info = jnp.finfo(wide.dtype)
-    # The powers of two whose inverses are normal numbers too.
-    peak = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
-    peak = jnp.clip(peak, float(info.tiny), float(2.0 ** (info.maxexp - 2)))
-    scale = lax.reduce_precision(peak, exponent_bits=info.nexp, mantissa_bits=0)
-    return _Scaled(wide * (1 / scale).astype(wide.dtype), scale, finite)
-
-
-@jax.custom_jvp
-def _nearest_semidefinite(matrices: Matrices) -> Matrices:
-    return _semidefinite(matrices)[0]
-
-
-@_nearest_semidefinite.defjvp
-def _(primals, tangents):
-    r"""With $\Lambda_\pm$ the magnitudes of the eigenvalues that are kept and of those
-    that are dropped, and $A = V^H \mathrm{sym}(H) V$,
-
-    $$\mathrm{D}F[H] = \mathrm{sym}(H) - V (\Delta \circ A) V^H, \quad \Delta_{ij}
-    = \frac{\lambda_{-i} + \lambda_{-j}}
-    {\lambda_{+i} + \lambda_{-i} + \lambda_{+j} + \lambda_{-j}}.$$
-    """
-    value, values, vectors = _semidefinite(*primals)
-    [tangent] = tangents
-    wide = widen(tangent)
-    sym = (wide + adjoint(wide)) / 2
-    kept = _is_kept(values)
-    dropped = _pair_sums(jnp.where(kept, 0, -values))
-    total = _pair_sums(jnp.where(kept, jnp.maximum(values, 0), -values))
-    share = jnp.where(total > 0, dropped / jnp.where(total > 0, total, 1), 0)
-    inner = matmul(matmul(adjoint(vectors), sym), vectors)
-    lost = matmul(matmul(vectors, share.astype(wide.dtype) * inner), adjoint(vectors))
-    return value, (sym - lost).astype(tangent.dtype)
-
-
-def _semidefinite(matrices: Matrices) -> tuple[Matrices, Array, Array]:
-    """The nearest positive semidefinite matrices, and the eigenvalues, ascending, and
-    eigenvectors of the symmetric parts, scaled."""
-    scaled = _scaled(matrices)
-    sym = (scaled.matrices + adjoint(scaled.matrices)) / 2
-    values, vectors = jnp.linalg.eigh(sym, symmetrize_input=False)
-    symmetric = jnp.all(matrices == adjoint(matrices), axis=(-2, -1))
-    fits = symmetric & jnp.all(_is_kept(values), axis=-1)
-    # As a Gram matrix it has no negative eigenvalue but for the rounding of its own
-    # entries, however inexact the eigenvectors are.
-    roots = jnp.sqrt(jnp.maximum(values, 0))
-    factor = vectors * roots[..., None, :].astype(vectors.dtype)
-    point = matmul(factor, adjoint(factor))
-    point = (point + adjoint(point)) / 2
-    moved = _lifted(scaled, point, matrices.dtype)
-    unchanged = fits[..., None, None] | ~scaled.finite
-    return jnp.where(unchanged, matrices, moved), values, vectors
-
-
-def _is_kept(values: Float[Array, "blocks n"]) -> Bool[Array, "blocks n"]:
-    """Whether eigenvalues are, to rounding, not negative."""
-    top = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
-    return values >= -margin(values.dtype) * top
-
-
-def _lifted(scaled: _Scaled, point: Matrices, dtype: jnp.dtype) -> Matrices:
-    """A semidefinite matrix in `dtype`, with its diagonal raised by what rounding may
-    have taken from its eigenvalues."""
-    norm = jnp.sqrt(jnp.sum(squared_magnitude(point), axis=(-2, -1), keepdims=True))
-    lift = float(jnp.finfo(norm.dtype).eps) * norm
-    rounded = scaled.undo(point).astype(dtype)
-    if is_half(dtype):
-        # Here rounding takes more, and less by far than could be said in advance.
-        point = rounded.astype(point.dtype) / scaled.scale
-        finite = jnp.where(jnp.isfinite(point), point, 0)
-        lowest = jnp.linalg.eigvalsh(finite, symmetrize_input=False)[..., :1, None]
-        lift = jnp.maximum(margin(dtype) * norm - lowest, 0)
-    raised = scaled.undo(point + lift.astype(point.dtype))
-    eye = jnp.eye(point.shape[-1], dtype=bool)[None]
-    return jnp.where(eye, _rounded_up(raised, dtype), rounded)
-
-
-def _rounded_up(x: Inexact[Array, "*shape"], dtype: jnp.dtype) -> Array:
-    """`x`, if it is not negative, in `dtype` and not less."""
-    nearest = x.astype(dtype)
-    if x.dtype == dtype:
-        return nearest
-    bits = lax.bitcast_convert_type(nearest, jnp.uint16)
-    too_small = nearest.astype(x.dtype) < x
-    return lax.bitcast_convert_type(bits + too_small.astype(jnp.uint16), dtype)
-
-
-@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _nearest_of_rank(rank: int, tall: Matrices) -> Matrices:
-    return _of_rank(rank, tall)[0]
-
-
-@_nearest_of_rank.defjvp
-def _(rank, primals, tangents):
-    value, u, s, v = _of_rank(rank, *primals)
-    [tangent] = tangents
-    kept = jnp.arange(s.shape[-1]) < rank
-    kept = jnp.broadcast_to(kept, s.shape)
-    top = s[..., :1]
-    # What is dropped from a matrix in the set is rounding.
-    s = jnp.where(~kept & (s <= tolerance(tangent.dtype) * top), 0, s)
-    share = jnp.where(kept, s, 0)
-    total = _pair_sums(s)
-    either = kept[..., :, None] | kept[..., None, :]
-    minus = _pair_sums(share) / jnp.where(total > 0, total, 1)
-    minus = jnp.where(total > 0, minus, either.astype(s.dtype))
-    # Of one that is kept and one that is dropped. Where they are equal the map jumps.
-    mixed = kept[..., :, None] != kept[..., None, :]
-    gap = jnp.abs(s[..., :, None] - s[..., None, :])
-    wide_enough = mixed & (gap > tolerance(s.dtype) * top[..., None])
-    plus = jnp.where(
-        wide_enough, _pair_sums(share) / jnp.where(wide_enough, gap, 1), minus
-    )
-    ratio = kept.astype(s.dtype)
-    change = singular_derivative(u, s, v, plus, minus, ratio, widen(tangent))
-    return value, change.astype(tangent.dtype)
-
-
-def _of_rank(rank: int, tall: Matrices) -> tuple[Matrices, Array, Array, Array]:
-    """The nearest matrices of a rank below that of others of their shape, and the thin
-    singular value decomposition of the given ones, scaled."""
-    scaled = _scaled(tall)
-    u, s, vh = jnp.linalg.svd(scaled.matrices, full_matrices=False)
-    fits = s[..., rank] <= tolerance(tall.dtype) * s[..., 0]
-    left = u[..., :rank] * s[..., None, :rank].astype(u.dtype)
-    moved = scaled.undo(matmul(left, vh[..., :rank, :])).astype(tall.dtype)
-    unchanged = fits[..., None, None] | ~scaled.finite
-    return jnp.where(unchanged, tall, moved), u, s, adjoint(vh)
-
-
-def _pair_sums(x: Float[Array, "blocks n"]) -> Float[Array, "blocks n n"]:
-    """The sums of any two entries."""
-    return x[..., :, None] + x[..., None, :]
