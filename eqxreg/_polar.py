@@ -242,7 +242,7 @@ def cap(
         aim = 1 - float(jnp.finfo(matrices.dtype).eps) / 2
     else:
         size = min(matrices.shape[-2:])
-        aim = 1 - (8 + math.sqrt(size)) * float(jnp.finfo(wide.dtype).eps)
+        aim = 1 - (16 + math.sqrt(size)) * float(jnp.finfo(wide.dtype).eps)
     capped = _if_finite(lambda m: _cap(aim, method, m, bound))
     return as_tall(capped, wide).astype(matrices.dtype)
 

@@ -211,7 +211,8 @@ def every_map() -> dict[str, eqxreg.Parametrization]:
 
 def each_kind() -> dict[str, eqxreg.Parametrization]:
     """One map of each kind, for what does not depend on axes."""
-    repeated = ("-first", "-last", "-pair", "-elementwise", "simplex-unit", "equal")
+    axes = ("-first", "-last", "-pair", "-elementwise")
+    repeated = (*axes, "simplex-unit", "equal", "-blocks")
     maps = every_map()
     return {n: p for n, p in maps.items() if not any(r in n for r in repeated)}
 
