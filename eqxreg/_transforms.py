@@ -9,6 +9,7 @@ mask anew on the tree that they are given, so that they work within `optax.maske
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -189,7 +190,7 @@ def project(
         first = jnp.zeros((), jnp.int32)
         p = projection.at(first)
         starts = [
-            jax.jit(_per_layer(p._start, param, site))(param)
+            eqx.filter_jit(_per_layer(p._start, param, site))(param)
             for param, site, is_chosen in _leaves(params)
             if is_chosen
         ]
