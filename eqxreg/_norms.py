@@ -238,12 +238,13 @@ def frobenius_norm(x: Inexact[Array, "..."]) -> Float[Array, ""]:
 
 
 def per_layer(
-    fn: Callable[[Array], Array], weight: Inexact[Array, "..."], rank: int
-) -> Array:
-    """`fn` for each array of rank `rank` in the stack `weight`."""
+    fn: Callable, weight: Inexact[Array, "..."], rank: int, *others: Any
+) -> Any:
+    """`fn(weight, *others)` for each array of rank `rank` in the stack `weight`, and
+    what goes with it in the others."""
     for _ in range(weight.ndim - rank):
         fn = jax.vmap(fn)
-    return fn(weight)
+    return fn(weight, *others)
 
 
 def all_finite(x: Inexact[Array, "..."]) -> Bool[Array, ""]:

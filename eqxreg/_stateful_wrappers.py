@@ -17,7 +17,7 @@ from ._maps import SpectralNorm
 from ._maps._base import Bound
 from ._maps._matrix import over_blocks, to_matrices
 from ._maps._scale_norm import Measure, cold, frozen, scale_norm, warm
-from ._norms import anywhere, squared_magnitude, widen
+from ._norms import anywhere, per_layer, squared_magnitude, widen
 from ._paths import names_of, parse
 from ._singular import LinearMap, fixed_vector, of_matrix, search, unit
 from ._wrappers import Constraint, current
@@ -209,8 +209,8 @@ class SpectralNormConstraint(Constraint):
 
         weight_rank = self._rank(i)
         if self.input_shape is None:
-            return _per_layer(first, weight_rank, weight)
-        return jax.jit(lambda w: _per_layer(first, weight_rank, w))(weight)
+            return per_layer(first, weight, weight_rank)
+        return jax.jit(lambda w: per_layer(first, w, weight_rank))(weight)
 
     def _constrained(
         self, i: int, owner: Any, raw: Any, state: Any, *, inference: bool | None
@@ -228,10 +228,10 @@ class SpectralNormConstraint(Constraint):
         index = self._memories[i]
         memory = state.get(index)
         if is_frozen:
-            weight, _ = _per_layer(measured, self._rank(i), raw, memory.vectors)
+            weight, _ = per_layer(measured, raw, self._rank(i), memory.vectors)
             return weight, state
         started = self._started(i, linear, raw, memory)
-        weight, vectors = _per_layer(measured, self._rank(i), raw, started)
+        weight, vectors = per_layer(measured, raw, self._rank(i), started)
         return weight, state.set(index, memory.after(vectors))
 
     def _anew(self, i: int, linear: Callable, raw: Array) -> Array:
@@ -244,7 +244,7 @@ class SpectralNormConstraint(Constraint):
             start = fixed_vector(math.prod(self.input_shape), widen(weight).dtype)
             return self._measured(i, weight, cold(linear), start[None])[0]
 
-        return _per_layer(constrained, self._rank(i), raw)
+        return per_layer(constrained, raw, self._rank(i))
 
     def _started(
         self, i: int, linear: Callable[[Array], LinearMap], raw: Array, memory: Memory
@@ -309,7 +309,7 @@ def _search_if_due(
     raw = widen(lax.stop_gradient(raw))
 
     def all_searched(vectors: Array) -> Array:
-        found = _per_layer(searched, weight_rank, raw, vectors)
+        found = per_layer(searched, raw, weight_rank, vectors)
         # Of a weight that is zero or not finite, nothing is found.
         size = jnp.sum(squared_magnitude(found), axis=-1, keepdims=True)
         return jnp.where(size > 0, found, vectors)
@@ -320,10 +320,3 @@ def _search_if_due(
 
 # Compiled as a whole, for outside of `jit` a `cond` is compiled anew in every call.
 _search_matrices = jax.jit(_search_matrices, static_argnums=(0, 1), inline=True)
-
-
-def _per_layer(fn: Callable, weight_rank: int, weight: Array, *others: Array) -> Any:
-    """`fn` of a weight of this rank, or of each in a stack of them."""
-    for _ in range(weight.ndim - weight_rank):
-        fn = jax.vmap(fn)
-    return fn(weight, *others)

@@ -19,9 +19,9 @@ from jaxtyping import Array, Int, PyTree
 
 from ._maps import Projection
 from ._maps._base import check_projection
-from ._norms import anywhere, widen
+from ._norms import anywhere, per_layer, widen
 from ._rates import check_rate
-from ._select import Site, require_selection, sites, trainable, weights
+from ._select import require_selection, sites, trainable, weights
 
 
 def weight_decay(rate: Any, mask: Any = None) -> optax.GradientTransformation:
@@ -190,7 +190,7 @@ def project(
         first = jnp.zeros((), jnp.int32)
         p = projection.at(first)
         starts = [
-            eqx.filter_jit(_per_layer(p._start, param, site))(param)
+            eqx.filter_jit(per_layer)(p._start, param, site.rank)
             for param, site, is_chosen in _leaves(params)
             if is_chosen
         ]
@@ -203,7 +203,7 @@ def project(
 
         def project_leaf(update, param, site, start):
             moved = (widen(param) + widen(update)).astype(param.dtype)
-            projected, start = _per_layer(p._step, param, site)(moved, start)
+            projected, start = per_layer(p._step, moved, site.rank, start)
             change = widen(projected) - widen(param)
             return change.astype(update.dtype), start
 
@@ -238,13 +238,6 @@ def project(
         return zip(jax.tree.leaves(params), sites(params), chosen, strict=True)
 
     return optax.GradientTransformation(init, update)
-
-
-def _per_layer(fn: Callable, param: Array, site: Site) -> Callable:
-    """`fn` of a weight, or of each in the stack that `param` is."""
-    for _ in range(param.ndim - site.rank):
-        fn = jax.vmap(fn)
-    return fn
 
 
 def _unflatten_like(tree: PyTree, leaves: list) -> PyTree:

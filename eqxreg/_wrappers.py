@@ -142,10 +142,8 @@ class Constraint(eqx.nn.StatefulLayer):
         What the layer returns; if it is stateful, together with the new state.
         """
         with jax.named_scope(f"eqxreg.{type(self).__name__}"):
-            if not needs_state(self):
-                layer, _ = evaluate(self, None, kwargs.get("inference"))
-                return layer(*args, **_accepted(layer, kwargs))
-            if not _has_state(args, kwargs) and not _depends_on_state(self):
+            takes_state = _is_given_state(args, kwargs) or _depends_on_state(self)
+            if not (needs_state(self) and takes_state):
                 layer, _ = evaluate(self, None, kwargs.get("inference"))
                 return layer(*args, **_accepted(layer, kwargs))
             args, kwargs, state = _take_state(args, kwargs, type(self).__name__)
@@ -389,7 +387,7 @@ def _accepted(layer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if k in taken or k not in optional}
 
 
-def _has_state(args: tuple, kwargs: dict[str, Any]) -> bool:
+def _is_given_state(args: tuple, kwargs: dict[str, Any]) -> bool:
     return any(isinstance(x, eqx.nn.State) for x in (*args, *kwargs.values()))
 
 

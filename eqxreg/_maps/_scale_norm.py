@@ -27,9 +27,7 @@ from .._singular import (
     svd,
     unit,
 )
-from ._matrix import (
-    over_blocks,
-)
+from ._matrix import over_blocks
 from ._rescale import Norms, Plan
 
 

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Inexact
 
+from .._polar import as_tall
 from .._singular import adjoint
 from ._base import Projection, Shaped, check_dtype
 from ._matrix import (
-    Matrices,
     MatrixProjection,
     RowAxes,
     Rows,
@@ -221,13 +221,8 @@ class LowRank(MatrixProjection):
         _, rows, columns = matrix_shape(raw.shape, self.matrix, self.blocks)
         if self.rank >= min(rows, columns):
             return raw
-
-        def nearest(matrices: Matrices) -> Matrices:
-            if rows < columns:
-                return adjoint(nearest_of_rank(self.rank, adjoint(matrices)))
-            return nearest_of_rank(self.rank, matrices)
-
-        return on_matrices(self, nearest, raw)
+        nearest = ft.partial(nearest_of_rank, self.rank)
+        return on_matrices(self, ft.partial(as_tall, nearest), raw)
 
 
 class Masked(Projection):
