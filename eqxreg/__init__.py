@@ -9,6 +9,7 @@ all three.
 from importlib.metadata import version as _version
 
 from ._activations import GroupSort as GroupSort, MaxMin as MaxMin
+from ._freeze import Frozen as Frozen, freeze as freeze, thaw as thaw
 from ._lipschitz import (
     certified_radius as certified_radius,
     lipschitz_bound as lipschitz_bound,
@@ -30,6 +31,7 @@ from ._maps import (
     Positive as Positive,
     PositiveSemidefinite as PositiveSemidefinite,
     Projection as Projection,
+    Relative as Relative,
     Simplex as Simplex,
     SkewSymmetric as SkewSymmetric,
     SpectralCap as SpectralCap,
@@ -39,6 +41,7 @@ from ._maps import (
     Symmetric as Symmetric,
     UnitNorm as UnitNorm,
 )
+from ._metrics import metrics as metrics
 from ._model import (
     bake as bake,
     constrain as constrain,
@@ -61,15 +64,20 @@ from ._operator_norm import (
 from ._penalties import (
     distance_penalty as distance_penalty,
     elastic_net_penalty as elastic_net_penalty,
+    group_lasso_penalty as group_lasso_penalty,
     l1_penalty as l1_penalty,
     l2_penalty as l2_penalty,
+    orthogonality_penalty as orthogonality_penalty,
+    spectral_norm_penalty as spectral_norm_penalty,
 )
+from ._report import Report as Report, report as report
 from ._select import (
     Selector as Selector,
     biases as biases,
     embeddings as embeddings,
     everything as everything,
     norm_parameters as norm_parameters,
+    scale_invariant as scale_invariant,
     select as select,
     trainable as trainable,
     trainables as trainables,
@@ -77,8 +85,15 @@ from ._select import (
 )
 from ._stateful_wrappers import SpectralNormConstraint as SpectralNormConstraint
 from ._transforms import (
+    cautious_weight_decay as cautious_weight_decay,
+    corrected_weight_decay as corrected_weight_decay,
+    decay_towards as decay_towards,
+    elastic_net_prox as elastic_net_prox,
+    group_soft_threshold as group_soft_threshold,
+    independent_weight_decay as independent_weight_decay,
     project as project,
     sign_decay as sign_decay,
+    soft_threshold as soft_threshold,
     weight_decay as weight_decay,
 )
 from ._wrappers import Constraint as Constraint

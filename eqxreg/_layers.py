@@ -102,6 +102,15 @@ def is_wrapper(node: Any) -> bool:
     return isinstance(node, eqx.Module) and {"layer", "weight_name"} <= fields.keys()
 
 
+def degree(wrapper: Any, i: int) -> int | None:
+    """The degree in which what a wrapper makes of its `i`th weight is homogeneous: 0 if
+    the size of that weight does not matter, `None` if it is not homogeneous."""
+    if isinstance(wrapper, (eqx.nn.WeightNorm, eqx.nn.SpectralNorm)):
+        return 0
+    maps = getattr(wrapper, "parametrizations", ())
+    return maps[i]._degree if i < len(maps) else None
+
+
 def is_tied(leaf: Any) -> bool:
     """Whether `leaf` is what `eqx.nn.Shared` leaves in the place of a tied array."""
     return isinstance(leaf, _SharedNode)

@@ -1,5 +1,6 @@
 """Whole models: wrap the layers of one, unwrap them, project its weights."""
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -7,16 +8,19 @@ import jax
 import jax.tree_util as jtu
 from jaxtyping import PRNGKeyArray, PyTree
 
+from ._bits import is_frozen
 from ._layers import is_tied, is_wrapper
 from ._maps import Parametrization, Projection
 from ._maps._base import check_projection
 from ._norms import per_layer
 from ._paths import names_of, unwrapped
-from ._select import Site, require_selection, sites, weights
-from ._wrappers import Constraint, evaluate, needs_state
+from ._select import Site, check_sites, require_selection, sites, weights
+from ._wrapper import evaluate, needs_state
+from ._wrappers import Constraint
 
 
 _Model = TypeVar("_Model")
+_Value = TypeVar("_Value")
 
 
 def constrain(
@@ -72,11 +76,11 @@ def constrain(
     names: dict[tuple, list[str]] = {}
     for site, is_chosen in zip(found, chosen, strict=True):
         if is_chosen or id(site.leaf) in tied:
-            depth = _wrapping_depth(site)
+            depth = wrapping_depth(site)
             names.setdefault(site.entries[:depth], []).append(site.dotted(depth))
 
     def wrap(node: Any, entries: tuple) -> Any:
-        node = _map_children(wrap, node, entries)
+        node = map_children(wrap, node, entries)
         here = names.get(entries, [])
         if not here:
             return node
@@ -85,18 +89,24 @@ def constrain(
     return wrap(model, ())
 
 
-def _wrapping_depth(site: Site) -> int:
+def wrapping_depth(site: Site) -> int:
     """The depth of the node to wrap: the outermost wrapper that has to do with this
-    array; if there is none, the innermost module that can be called."""
+    array; if there is none, the innermost layer that can be called."""
     for depth, node in site.ancestors:
         if is_wrapper(node) and site.dotted(depth) in names_of(node.weight_name):
             return depth
-    callables = [depth for depth, node in site.ancestors if callable(node)]
+    # A map can be called too, but it is its wrapper that calls it.
+    callables = [
+        depth
+        for depth, node in site.ancestors
+        if callable(node) and not isinstance(node, Parametrization)
+    ]
     if not callables:
         raise ValueError(
             f"`where` selects `{site.path}`, which is in no module that can be called, "
             "so that there is nothing to wrap. To constrain plain arrays use "
-            "`eqxreg.project` or `eqxreg.project_params`."
+            "`eqxreg.project` or `eqxreg.project_params`; to freeze them, leave them "
+            "out of what is differentiated."
         )
     return callables[-1]
 
@@ -112,13 +122,13 @@ def _tied_to(sources: set[int], model: PyTree) -> set[int]:
             for hole, array in zip(holes, arrays, strict=True):
                 if is_tied(hole) and id(array) in sources:
                     tied.add(id(hole))
-        return _map_children(visit, node, entries)
+        return map_children(visit, node, entries)
 
     visit(model, ())
     return tied
 
 
-def _map_children(fn: Any, node: Any, entries: tuple) -> Any:
+def map_children(fn: Any, node: Any, entries: tuple) -> Any:
     """`node` with `fn(child, key path)` for each of its children; a leaf as it is."""
     children, structure = jtu.tree_flatten_with_path(
         node, is_leaf=lambda x: x is not node
@@ -165,15 +175,28 @@ def bake(model: _Model, state: eqx.nn.State | None = None) -> _Model:
                     "`bake(model, state)` the model's `eqx.nn.State`."
                 )
             node, _ = evaluate(node, state, True)
-        return _map_children(visit, node, entries)
+        return map_children(visit, node, entries)
 
     return visit(model, ())
 
 
 def unwrap_all(tree: PyTree) -> PyTree:
-    """`tree` with what is within its wrappers in their place, unevaluated. It has the
-    structure of the baked tree."""
-    return _map_children(lambda node, _: unwrap_all(node), unwrapped(tree), ())
+    """`tree` with what is within its wrappers in their place, unevaluated, and what is
+    in place of its frozen arrays. It has the structure of the baked tree."""
+    tree = unwrapped(tree)
+    if is_frozen(tree):
+        return tree.bits
+    return map_children(lambda node, _: unwrap_all(node), tree, ())
+
+
+def bake_with(
+    model: PyTree, values: Sequence[_Value], state: eqx.nn.State | None = None
+) -> tuple[PyTree, list[_Value]]:
+    """The baked model and, of `values`, one for each leaf of `model`, those of its
+    leaves. So a choice is made on the tree that was given, wrappers and all, and read
+    on what they make of it."""
+    given = jax.tree.unflatten(jax.tree.structure(model), values)
+    return bake(model, state), jax.tree.leaves(unwrap_all(given))
 
 
 def project_params(
@@ -202,6 +225,8 @@ def project_params(
     """
     check_projection(projection)
     chosen = require_selection(where, model, "where")
+    found = zip(sites(model), chosen, strict=True)
+    check_sites(projection.check, (site for site, is_chosen in found if is_chosen))
     leaves, structure = jax.tree.flatten(model)
     leaves = [
         per_layer(projection, leaf, site.rank) if is_chosen else leaf

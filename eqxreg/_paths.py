@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import equinox as eqx
 import jax.numpy as jnp
 
+from ._bits import thawed
 from ._layers import is_tied, is_wrapper
 
 
@@ -75,7 +76,7 @@ def find_array(layer: Any, name: str) -> tuple[Any, str, Any]:
     may be tied to another. Raises if it is no floating or complex array."""
     *_, owner = nodes_along(layer, name)
     owner, step = unwrapped(owner), parse(name)[-1]
-    leaf = child(owner, step)
+    leaf = thawed(child(owner, step))
     kind = type(owner).__name__
     if leaf is None:
         raise ValueError(

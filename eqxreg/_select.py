@@ -6,7 +6,7 @@ on trees of shapes, for all have the same types of layers.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, overload
 
 import equinox as eqx
@@ -16,7 +16,9 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ._layers import Role, is_wrapper, rank, role
+from ._layers import Role, degree, is_wrapper, rank, role
+from ._maps._base import composed_degree
+from ._paths import names_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +184,7 @@ weights = _with_roles("weights", "weight")
 recurrent and attention layers and, in modules of your own, arrays named `weight`,
 `weight_*`, `kernel`, `*_weight` or `*_kernel`. Never biases, normalisation scales,
 PReLU slopes, the gain of weight normalisation, power-iteration vectors, bounds or
-state."""
+state; and no embeddings: for these too, `eqxreg.weights | eqxreg.embeddings`."""
 
 biases = _with_roles("biases", "bias", "shift")
 """Biases of all layers, of normalisation layers too, and in modules of your own arrays
@@ -201,6 +203,30 @@ trainable = Selector(_is_trainable, "eqxreg.trainable")
 
 everything = Selector(lambda site: True, "eqxreg.everything")
 """Every floating or complex array, state and bounds too."""
+
+
+def _is_scale_invariant(site: Site) -> bool:
+    def degrees() -> Iterator[int | None]:
+        # Maps act innermost first.
+        for depth, node in reversed(site.ancestors):
+            names = names_of(node.weight_name) if is_wrapper(node) else ()
+            if site.dotted(depth) in names:
+                yield degree(node, names.index(site.dotted(depth)))
+
+    return composed_degree(degrees()) == 0
+
+
+scale_invariant = Selector(_is_scale_invariant, "eqxreg.scale_invariant")
+"""The raw weights whose size does not matter to the network, because they are under a
+map that normalises: `UnitNorm`, `SpectralNorm`, `Orthogonal`, `AlmostOrthogonal` or
+weight normalisation, Equinox's wrappers too.
+
+Decay does not shrink what such a layer computes with. It only keeps the raw weight
+short, and so its steps long: a step of gradient descent turns a raw weight of norm $r$
+by an angle that is proportional to $1 / r^2$. Leave them out by `eqxreg.weights &
+~eqxreg.scale_invariant`, or use [`eqxreg.corrected_weight_decay`][], which is made for
+them. A weight that a normalisation layer follows is of this kind too, but no tree says
+so."""
 
 
 def select(
@@ -305,7 +331,8 @@ def trainables(model, where=trainable, *, paths=False):
     **Returns:**
 
     A list in the order of `jax.tree.leaves`. An array that stands in several places of
-    the model is listed once, where it stands first.
+    the model is listed once, where it stands first; under `jit` and `grad` JAX makes
+    several arrays of it, unless `eqx.nn.Shared` ties them.
     """
     found: dict[int, tuple[str, Array]] = {}
     for site in chosen_sites(where, model):
@@ -341,6 +368,19 @@ def chosen_sites(where: Any, tree: PyTree) -> list[Site]:
     return [site for site, c in zip(sites(tree), chosen, strict=True) if c]
 
 
+def check_sites(check: Callable[[Any], None], chosen: Iterable[Site]) -> None:
+    """Raises, saying where, if one of the arrays in one layer fails a map's check."""
+    for site in chosen:
+        shape = site.leaf.shape[site.leaf.ndim - site.rank :]
+        try:
+            check(jax.ShapeDtypeStruct(shape, site.leaf.dtype))
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"`{site.path}`: {error} To leave an array out, choose others by "
+                "`where` or `mask`."
+            ) from None
+
+
 def require_selection(where: Any, tree: PyTree, argument: str) -> list[bool]:
     """`chosen_leaves`, or an error if there are none."""
     chosen = chosen_leaves(where, tree)
@@ -349,6 +389,11 @@ def require_selection(where: Any, tree: PyTree, argument: str) -> list[bool]:
         few = ", ".join(f"`{path}`" for path in paths[:4])
         more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
         there = f"It has {few}{more}." if paths else "It has no trainable arrays."
+        if isinstance(where, bool | jax.Array):
+            there += (
+                f" Within `optax.inject_hyperparams`, name `{argument}` in "
+                "`static_args`."
+            )
         raise ValueError(
             f"`{argument}={where!r}` selects nothing. {there} To select by type or "
             "name use `eqxreg.select`; `eqxreg.everything` selects every array."

@@ -16,6 +16,90 @@ LINEAR = eqx.nn.Linear(4, 3, key=KEY)
 MIXED = "all positive.*jnp.abs"
 
 VALUE_ERRORS = {
+    "momentum": (
+        lambda: eqxreg.project(eqxreg.MaxNorm(1.0), momentum="none"),
+        '`momentum` must be "keep" or "tangent".*none',
+    ),
+    "b1": (
+        lambda: eqxreg.project(eqxreg.MaxNorm(1.0), momentum="tangent", b1=1),
+        r"`b1` must be in \[0, 1\), got 1",
+    ),
+    "relative ord": (
+        lambda: eqxreg.Relative(eqxreg.MaxNorm(1.0, ord=1)),
+        "must have `ord=2`",
+    ),
+    "relative blocks": (
+        lambda: eqxreg.Relative(eqxreg.SpectralNorm(blocks=3)),
+        "must have `blocks=1`",
+    ),
+    "relative to nothing": (
+        lambda: eqxreg.Relative(eqxreg.UnitNorm())(jnp.ones(3)),
+        "does not know what its bounds are relative to",
+    ),
+    "relative model": (
+        lambda: eqxreg.project_params(LINEAR, eqxreg.Relative(eqxreg.UnitNorm())),
+        "does not know what its bounds are relative to",
+    ),
+    "peak": (
+        lambda: eqxreg.corrected_weight_decay(0.1, optax.constant_schedule(1.0)),
+        "give `peak_learning_rate`",
+    ),
+    "peak zero": (
+        lambda: eqxreg.independent_weight_decay(0.1, 1.0, 0.0),
+        "`peak_learning_rate` must be positive",
+    ),
+    "threshold": (
+        lambda: eqxreg.soft_threshold(-1.0, learning_rate=1.0),
+        "`rate` must be non-negative",
+    ),
+    "learning rate": (
+        lambda: eqxreg.soft_threshold(1.0, learning_rate=-1.0),
+        "`learning_rate` must be non-negative",
+    ),
+    "l2": (
+        lambda: eqxreg.elastic_net_prox(1.0, -1.0, learning_rate=1.0),
+        "`l2` must be non-negative",
+    ),
+    "group axis": (
+        lambda: eqxreg.group_soft_threshold(1.0, "rows", learning_rate=1.0),
+        "`axis` must be None",
+    ),
+    "no group": (
+        lambda: eqxreg.soft_threshold(1.0, learning_rate=1.0).init({"w": 1}),
+        "selects nothing",
+    ),
+    "orthogonality": (
+        lambda: eqxreg.orthogonality_penalty(LINEAR, 1.0, mode="rows"),
+        '`mode` must be "soft" or "keras".*rows',
+    ),
+    "matrix penalty": (
+        lambda: eqxreg.spectral_norm_penalty({"weight": jnp.ones(3)}, 1.0),
+        "rank 2 or more",
+    ),
+    "spectral bias": (
+        lambda: eqxreg.project(eqxreg.SpectralCap(), mask=eqxreg.trainable).init(
+            eqx.filter(LINEAR, eqx.is_array)
+        ),
+        "^`.bias`: .*rank 2 or more.*choose others by `where` or `mask`",
+    ),
+    "spectral bias, now": (
+        lambda: eqxreg.project_params(LINEAR, eqxreg.SpectralCap(), eqxreg.trainable),
+        "^`.bias`: .*rank 2 or more",
+    ),
+    "injected mask": (
+        lambda: optax.inject_hyperparams(eqxreg.weight_decay)(
+            0.1, mask=eqxreg.weights
+        ).init(eqx.filter(LINEAR, eqx.is_array)),
+        "name `mask` in `static_args`",
+    ),
+    "freeze nothing": (
+        lambda: eqxreg.freeze(LINEAR, eqxreg.embeddings),
+        "selects nothing",
+    ),
+    "freeze no layer": (
+        lambda: eqxreg.freeze({"weight": jnp.ones(2)}, eqxreg.weights),
+        "in no module that can be called",
+    ),
     "negative": (lambda: eqxreg.MaxNorm(-1.0), "`max_norm` must be positive.*-1.0"),
     "zero": (lambda: eqxreg.MaxNorm(0), "`max_norm` must be positive.*0.0"),
     "nan": (lambda: eqxreg.MaxNorm(float("nan")), "`max_norm` must be positive.*nan"),
@@ -198,7 +282,7 @@ TYPE_ERRORS = {
     ),
     "scheduled penalty": (
         lambda: eqxreg.l2_penalty(LINEAR, optax.constant_schedule(1.0)),
-        "does not count steps",
+        "steps are not counted here",
     ),
 }
 

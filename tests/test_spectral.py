@@ -430,8 +430,8 @@ def test_projection_after_the_update_bounds_the_spectrum(p, slack, name):
     assert np.all(values[2::3] <= 0.7 * (1 + slack))
     # In between it is training that decides: the constraint is what keeps it small.
     assert np.any(values[3::3] > 0.71)
-    starts = state[-1].starts
-    assert [s.shape for s in jax.tree.leaves(starts)] == [(1, 12), (1, 8)]
+    carried = state[-1].carried
+    assert [s.shape for s in jax.tree.leaves(carried)] == [(1, 12), (1, 8)]
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -441,14 +441,14 @@ def test_the_optimiser_keeps_the_vectors_to_start_from():
     transform = eqxreg.project(p)
     state = transform.init({"weight": weight})
     _, _, vh = np.linalg.svd(exact(weight))
-    [start] = jax.tree.leaves(state.starts)
+    [start] = jax.tree.leaves(state.carried)
     assert abs(exact(start)[0] @ vh[0]) == pytest.approx(1.0, abs=1e-4)
     other = sample("float32", shape=(12, 8), seed=7)
     update = jax.jit(transform.update)
     for _ in range(5):
         updates, state = update({"weight": other - weight}, state, {"weight": weight})
     _, _, vh = np.linalg.svd(exact(other))
-    [start] = jax.tree.leaves(state.starts)
+    [start] = jax.tree.leaves(state.carried)
     assert abs(exact(start)[0] @ vh[0]) == pytest.approx(1.0, abs=1e-4)
 
 

@@ -19,6 +19,7 @@ from ._orthogonal import (
     AlmostOrthogonal as AlmostOrthogonal,
     Orthogonal as Orthogonal,
 )
+from ._relative import Relative as Relative
 from ._simplex import Simplex as Simplex
 from ._spectral import (
     SpectralCap as SpectralCap,

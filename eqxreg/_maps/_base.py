@@ -6,8 +6,8 @@ here: how bounds are checked, stored and read, and how a distance to a set is me
 
 import abc
 import math
-from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
@@ -116,8 +116,9 @@ def check_order(lower: Any, upper: Any, names: tuple[str, str], *, strict: bool)
 
 def bound_value(
     bound: float | int | Array | Schedule, dtype, *, toward: float = -math.inf
-) -> Float[Array, ""]:
-    """A bound as a scalar array of `dtype`, with no gradient. A Python number that
+) -> Float[Array, "..."]:
+    """A bound as an array of `dtype`, with no gradient: a scalar, unless it is relative
+    to the norms of several units. A Python number that
     `dtype` cannot hold is rounded towards `toward`: to the inside of the set."""
     if isinstance(bound, Schedule):
         raise ValueError(
@@ -195,6 +196,10 @@ class Parametrization(eqx.Module):
         layer = eqxreg.Constraint(layer, "weight", Cubed())
         ```
     """
+
+    _degree: ClassVar[int | None] = None
+    """The degree in which this is homogeneous: 0 if positive multiples of a weight have
+    the same image, 1 if they have the same multiples of it, `None` if neither."""
 
     @abc.abstractmethod
     def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
@@ -334,6 +339,25 @@ class Projection(Parametrization):
     def _wide_distance(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
         return frobenius_norm(widen(weight) - widen(self(weight)))
 
+    def _active(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
+        """The share of the units of `weight` that this map moves, or would move if they
+        were longer or shorter by what rounding may do. Of a vector or a scalar, each
+        entry is a unit."""
+        # A weight on the boundary may be short of it by the tolerance.
+        slack = 2 * tolerance(weight.dtype)
+        wide = widen(weight)
+        near = jnp.stack([wide * (1 + slack), wide * (1 - slack)]).astype(weight.dtype)
+        moved = jax.vmap(self)(near) != near
+        return share(jnp.any(moved, axis=(0, *range(2, near.ndim))), wide)
+
+
+def share(flags: Bool[Array, "..."], like: Inexact[Array, "..."]) -> Float[Array, ""]:
+    """The share of `flags` that are true, in the precision of `like`; of none, zero."""
+    total = jnp.asarray(max(flags.size, 1), real_dtype(like.dtype))
+    # XLA would multiply by the reciprocal, and all of them would not be exactly 1.
+    total = jax.lax.optimization_barrier(total)
+    return jnp.sum(flags, dtype=total.dtype) / total
+
 
 def check_projection(projection: Any) -> None:
     """Raises unless this is a map that may be enforced after the update."""
@@ -344,6 +368,15 @@ def check_projection(projection: Any) -> None:
             f"weights themselves, got {projection!r}. A {kind} works in the forward "
             "pass, by `eqxreg.Constraint` or `eqxreg.constrain`."
         )
+
+
+def composed_degree(degrees: Iterable[int | None]) -> int | None:
+    """The degree of maps one after the other. Once the size is lost it cannot matter
+    any more, whatever follows."""
+    for degree in degrees:
+        if degree != 1:
+            return degree
+    return 1
 
 
 def _is_schedule(node: Any) -> bool:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, PyTree
 
 from .._norms import with_derivative_of
-from ._base import Parametrization, Projection, Shaped
+from ._base import Parametrization, Projection, Shaped, composed_degree
 
 
 class StraightThrough(Projection):
@@ -50,11 +50,21 @@ class StraightThrough(Projection):
             )
         self.projection = projection
 
+    @property
+    def _degree(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.projection._degree
+
     def check(self, weight: Shaped) -> None:
         self.projection.check(weight)
 
     def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         return with_derivative_of(self.projection(raw), raw)
+
+    def bind(
+        self, weight: Inexact[Array, "*shape"]
+    ) -> tuple["StraightThrough", Inexact[Array, "*shape"]]:
+        p, raw = self.projection.bind(weight)
+        return StraightThrough(p), raw  # pyright: ignore[reportArgumentType]
 
     def _start(self, weight: Inexact[Array, "..."]) -> PyTree:
         return self.projection._start(weight)
@@ -66,6 +76,9 @@ class StraightThrough(Projection):
 
     def _wide_distance(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
         return self.projection._wide_distance(weight)
+
+    def _active(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
+        return self.projection._active(weight)
 
     def contains(
         self, weight: Inexact[Array, "..."], tol: ArrayLike | None = None
@@ -125,6 +138,10 @@ class Chain(Parametrization):
                 )
         self.maps = maps
 
+    @property
+    def _degree(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return composed_degree(p._degree for p in self.maps)
+
     def check(self, weight: Shaped) -> None:
         for p in self.maps:
             p.check(weight)
@@ -157,7 +174,9 @@ class Chain(Parametrization):
         return Chain(*reversed(bound)), weight
 
 
-class _ProjectionChain(Chain, Projection):
+class _ProjectionChain(  # pyright: ignore[reportIncompatibleVariableOverride]
+    Chain, Projection
+):
     @property
     def _projections(self) -> tuple[Projection, ...]:
         return self.maps  # pyright: ignore[reportReturnType]
@@ -181,6 +200,14 @@ class _ProjectionChain(Chain, Projection):
         ]
         chain = _ProjectionChain(*true)  # pyright: ignore[reportArgumentType]
         return Projection._wide_distance(chain, weight)
+
+    def _active(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
+        """The largest of the shares of the maps, each at what it is given."""
+        shares = []
+        for p in self._projections:
+            shares.append(p._active(weight))
+            weight = p(weight)
+        return jnp.max(jnp.stack(shares))
 
     def contains(
         self, weight: Inexact[Array, "..."], tol: ArrayLike | None = None

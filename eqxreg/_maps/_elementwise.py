@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,6 +22,7 @@ from ._base import (
     check_dtype,
     check_order,
     check_values,
+    share,
 )
 
 
@@ -62,12 +63,17 @@ class NonNegative(Projection):
         ```
     """
 
+    _degree: ClassVar[int | None] = 1
+
     def check(self, weight: Shaped) -> None:
         check_dtype(weight, complex_for="NonNegative")
 
     def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         self.check(raw)
         return clip(raw, jnp.zeros((), raw.dtype), None)
+
+    def _active(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
+        return share(weight <= 0, widen(weight))
 
 
 class Box(Projection):
@@ -107,10 +113,17 @@ class Box(Projection):
 
     def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         self.check(raw)
-        upper = bound_value(self.upper, raw.dtype)
-        lower = bound_value(self.lower, raw.dtype, toward=math.inf)
+        return clip(raw, *self._bounds(raw.dtype))
+
+    def _active(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
+        lower, upper = self._bounds(weight.dtype)
+        return share((weight <= lower) | (weight >= upper), widen(weight))
+
+    def _bounds(self, dtype) -> tuple[Array, Array]:
+        upper = bound_value(self.upper, dtype)
+        lower = bound_value(self.lower, dtype, toward=math.inf)
         # Rounded towards the inside, two bounds that were equal may have crossed.
-        return clip(raw, jnp.minimum(lower, upper), upper)
+        return jnp.minimum(lower, upper), upper
 
 
 class _OpenMap(NamedTuple):

@@ -7,11 +7,12 @@ the weight; where it is not, for `ord` 1 and inf, in `_simplex.py` and
 
 import functools as ft
 import math
+from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Inexact
+from jaxtyping import Array, ArrayLike, Bool, Float, Inexact
 
 from .._norms import (
     Axis,
@@ -47,6 +48,11 @@ class _NormMap(Projection):
     def check(self, weight: Shaped) -> None:
         check_dtype(weight)
         resolve_axes(self.axis, weight.ndim)
+
+    def _sizes(self, weight: Inexact[Array, "..."]) -> Float[Array, "..."]:
+        """The norms that are bounded, to be multiplied with a bound."""
+        norms = norms_of(weight, resolve_axes(self.axis, weight.ndim))
+        return norms.norm / norms.scale
 
 
 class MaxNorm(_NormMap):
@@ -224,6 +230,7 @@ class UnitNorm(_NormMap):
 
     norm: StoredBound
     axis: Axis = eqx.field(static=True)
+    _degree: ClassVar[int | None] = 0
 
     def __init__(self, norm: Bound = 1.0, axis: AxisLike = None):
         """**Arguments:**
@@ -260,6 +267,7 @@ class WeightNorm(Parametrization):
 
     gain: Inexact[Array, "..."] | None
     axis: Axis = eqx.field(static=True)
+    _degree: ClassVar[int | None] = 0
 
     def __init__(self, axis: AxisLike = "unit", gain: Array | None = None):
         self.gain = gain

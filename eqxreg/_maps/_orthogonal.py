@@ -5,7 +5,7 @@ promises a spectral norm of at most 1. For charts around a base point see `_char
 """
 
 import math
-from typing import get_args
+from typing import ClassVar, get_args
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -70,6 +70,7 @@ class Orthogonal(MatrixProjection):
     matrix: Rows = eqx.field(static=True)
     blocks: int = eqx.field(static=True)
     method: Way | None = eqx.field(static=True)
+    _degree: ClassVar[int | None] = 0
 
     def __init__(
         self,
@@ -156,6 +157,7 @@ class AlmostOrthogonal(MatrixMap):
 
     matrix: Rows = eqx.field(static=True)
     blocks: int = eqx.field(static=True)
+    _degree: ClassVar[int | None] = 0
 
     def __init__(self, *, matrix: RowAxes = "unit", blocks: int = 1):
         """**Arguments:**

@@ -117,7 +117,8 @@ def _(plan, axes, primals, tangents):
     # the weight would be one over the gradient in the transpose, written to memory.
     wide, tangent = jnp.where(made.moves, moved, widen(weight)), widen(tangent)
     size = jnp.where(made.moves, made.target, norms.norm / norms.scale)
-    size = jnp.where(norms.nonzero, size, 1)
+    # A target is zero only where a relative bound is.
+    size = jnp.where(size > 0, size, 1)
     inner = jnp.real(jnp.conj(wide) * tangent)
     norm_tangent = jnp.sum(inner, axis=axes, keepdims=True) / size
 

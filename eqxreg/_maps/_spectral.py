@@ -5,7 +5,7 @@ does it. `SpectralCap` moves each singular value by itself.
 """
 
 import abc
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import equinox as eqx
 import jax
@@ -125,6 +125,10 @@ class _SpectralScaling(MatrixProjection):
 
         return automatically_measured(values, weight)
 
+    def _sizes(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
+        """The norm that is bounded, to be multiplied with a bound."""
+        return self.singular_values(weight)[0]
+
     @abc.abstractmethod
     def plan(self, dtype) -> Target:
         """What norm a weight of this dtype is to have."""
@@ -172,6 +176,7 @@ class SpectralNorm(_SpectralScaling):
     """
 
     norm: StoredBound
+    _degree: ClassVar[int | None] = 0
 
     def __init__(
         self,
@@ -345,6 +350,9 @@ class SpectralCap(MatrixProjection):
         self, weight: Inexact[Array, "..."], tol: ArrayLike | None = None
     ) -> Bool[Array, ""]:
         return self._scaling.contains(weight, tol)
+
+    def _sizes(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
+        return self._scaling._sizes(weight)
 
     # Much of the time a projection after the update finds a matrix that is well inside,
     # and a few products from a good start are enough to see that.

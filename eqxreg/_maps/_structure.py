@@ -4,7 +4,7 @@ The nearest points and their derivatives are in `_nearest.py`.
 """
 
 import functools as ft
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -48,6 +48,7 @@ class Symmetric(SquareProjection):
 
     matrix: Rows = eqx.field(static=True)
     blocks: int = eqx.field(static=True)
+    _degree: ClassVar[int | None] = 1
 
     def __init__(self, *, matrix: RowAxes = "unit", blocks: int = 1):
         """**Arguments:**
@@ -91,6 +92,7 @@ class SkewSymmetric(SquareProjection):
 
     matrix: Rows = eqx.field(static=True)
     blocks: int = eqx.field(static=True)
+    _degree: ClassVar[int | None] = 1
 
     def __init__(self, *, matrix: RowAxes = "unit", blocks: int = 1):
         """**Arguments:**
@@ -138,6 +140,7 @@ class PositiveSemidefinite(SquareProjection):
 
     matrix: Rows = eqx.field(static=True)
     blocks: int = eqx.field(static=True)
+    _degree: ClassVar[int | None] = 1
 
     def __init__(self, *, matrix: RowAxes = "unit", blocks: int = 1):
         """**Arguments:**
@@ -189,6 +192,7 @@ class LowRank(MatrixProjection):
     rank: int = eqx.field(static=True)
     matrix: Rows = eqx.field(static=True)
     blocks: int = eqx.field(static=True)
+    _degree: ClassVar[int | None] = 1
 
     def __init__(
         self, rank: int | np.integer, *, matrix: RowAxes = "unit", blocks: int = 1
@@ -246,6 +250,7 @@ class Masked(Projection):
     """
 
     mask: Bool[Array, "..."]
+    _degree: ClassVar[int | None] = 1
 
     def __init__(self, mask: Any):
         """**Arguments:**

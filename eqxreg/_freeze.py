@@ -1,0 +1,177 @@
+"""`Frozen`, the wrapper around layers some of whose arrays are not trained; `freeze`
+and `thaw`, which put it around the layers of a model and take it off again."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+from jaxtyping import PyTree
+
+from ._bits import FrozenArray, has_frozen, is_frozen, thawed
+from ._model import map_children, wrapping_depth
+from ._select import Site, chosen_leaves, require_selection, sites, trainable
+from ._wrapper import Wrapper, evaluate
+
+
+_Model = TypeVar("_Model")
+
+
+class Frozen(Wrapper):
+    """Wraps a layer, so that some of its arrays are not trained.
+
+    The layer computes what it did. Its frozen arrays are stored as integers of the same
+    bits, so that whatever goes by floating arrays leaves them alone: gradients, the
+    moments of optimisers, decay, penalties, proximal steps, projections and
+    [`eqxreg.trainables`][], and those of other libraries too. They are no constants of
+    compiled programs, and are sharded, stacked and saved as other arrays are.
+
+    Attributes are read from the layer within: `frozen.weight` is the floating array. A
+    wrapper around a frozen layer constrains the frozen weight, in the forward pass.
+
+    [`eqxreg.freeze`][] wraps the layers of a model; [`eqxreg.thaw`][] is the way back.
+
+    !!! example
+
+        ```python
+        >>> import equinox as eqx
+        >>> import jax
+        >>> import eqxreg
+        >>> layer = eqxreg.Frozen(eqx.nn.Linear(2, 3, key=jax.random.key(0)))
+        >>> eqxreg.trainables(layer)
+        []
+        >>> layer.weight.dtype
+        dtype('float32')
+
+        ```
+    """
+
+    layer: Any
+    weight_name: str | tuple[str, ...] = eqx.field(static=True)
+
+    def __init__(self, layer: Any, where: Any = trainable):
+        """**Arguments:**
+
+        - `layer`: the layer to wrap: an Equinox layer, a module of your own, or another
+            wrapper.
+        - `where`: which of its arrays: a selector, or a tree of booleans. Defaults to
+            [`eqxreg.trainable`][]: all of them.
+
+        **Raises:**
+
+        - `ValueError`: if nothing is selected.
+        """
+        if not has_frozen(layer):
+            require_selection(where, layer, "where")
+        layer = _with_frozen(layer, _trainable_leaves(where, layer))
+        self.layer = layer
+        self.weight_name = tuple(
+            dataclasses.replace(site, entries=site.entries[:-1]).dotted(0)
+            for site in _outside(sites(layer))
+            if is_frozen(site.owner)
+        )
+
+    def _evaluated(self, state: Any, inference: bool | None) -> tuple[Any, Any]:
+        return evaluate(thawed(self.layer), state, inference)
+
+    def _within(self) -> Iterator[Any]:
+        yield self.layer
+
+
+def freeze(model: PyTree, where: Any) -> PyTree:
+    """Freezes the selected arrays: gradients, decay, penalties, proximal steps and
+    projections all leave them alone, and optimisers keep no moments for them.
+
+    The layers that own them are wrapped in [`eqxreg.Frozen`][]; wrappers that have to
+    do with a frozen array are wrapped with its layer. Initialise the optimiser after
+    freezing.
+
+    **Arguments:**
+
+    - `model`: any PyTree of layers, such as a model.
+    - `where`: which arrays: a selector, such as [`eqxreg.weights`][] or
+        `eqxreg.everything`, or a tree of booleans. State and the bounds of maps are not
+        trained anyway, and stay as they are.
+
+    **Returns:**
+
+    The model, with wrappers around some of its layers. It computes what it did.
+
+    **Raises:**
+
+    - `ValueError`: if nothing is selected, or a selected array is in no module that can
+        be called.
+
+    !!! example
+
+        ```python
+        >>> import equinox as eqx
+        >>> import jax
+        >>> import eqxreg
+        >>> mlp = eqx.nn.MLP(4, 2, 8, depth=1, key=jax.random.key(0))
+        >>> first = eqxreg.select(where=lambda path, layer, array: "layers[0]" in path)
+        >>> mlp = eqxreg.freeze(mlp, first)
+        >>> [path for path, _ in eqxreg.trainables(mlp, eqxreg.weights, paths=True)]
+        ['.layers[1].weight']
+
+        ```
+    """
+    require_selection(where, model, "where")
+    chosen = _trainable_leaves(where, model)
+    found = [s for s, c in zip(sites(model), chosen, strict=True) if c]
+    # An array within a frozen layer needs no other wrapper.
+    depths = {site.entries[: wrapping_depth(site)] for site in _outside(found)}
+
+    def wrap(node: Any, entries: tuple) -> Any:
+        if is_frozen(node):
+            return node
+        node = map_children(wrap, node, entries)
+        return Frozen(node, _nothing) if entries in depths else node
+
+    return wrap(_with_frozen(model, chosen), ())
+
+
+def thaw(model: _Model) -> _Model:
+    """Takes all [`eqxreg.Frozen`][] wrappers off a model.
+
+    **Arguments:**
+
+    - `model`: any PyTree.
+
+    **Returns:**
+
+    The model in its original types, with the arrays that it was frozen with, and other
+    wrappers still on.
+    """
+
+    def unwrap(node: Any, entries: tuple) -> Any:
+        while isinstance(node, Frozen):
+            node = node.layer
+        return node if is_frozen(node) else map_children(unwrap, node, entries)
+
+    return thawed(unwrap(model, ()))
+
+
+def _nothing(tree: PyTree) -> PyTree[bool]:
+    return jax.tree.map(lambda _: False, tree)
+
+
+def _trainable_leaves(where: Any, tree: PyTree) -> list[bool]:
+    both = zip(chosen_leaves(where, tree), chosen_leaves(trainable, tree), strict=True)
+    return [chosen and possible for chosen, possible in both]
+
+
+def _with_frozen(tree: PyTree, chosen: list[bool]) -> PyTree:
+    leaves, structure = jax.tree.flatten(tree)
+    pairs = zip(leaves, chosen, strict=True)
+    return structure.unflatten([FrozenArray.of(x) if c else x for x, c in pairs])
+
+
+def _outside(found: list[Site]) -> list[Site]:
+    """The sites that are in no frozen layer."""
+    return [
+        site
+        for site in found
+        if not any(isinstance(node, Frozen) for _, node in site.ancestors)
+    ]

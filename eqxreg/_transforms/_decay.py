@@ -1,0 +1,373 @@
+"""Decay: what is added to an update because of where a weight is.
+
+Each of these is a rate and a direction, which is a function of a weight and its update.
+`_decay` is given both and hands their product to `optax.add_decayed_weights`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optax
+from jaxtyping import Array, Int, PyTree
+
+from .._norms import widen
+from .._rates import check_rate, product, rate_at
+from .._select import require_selection, trainable
+from ._params import check_params, chosen_params, following
+
+
+class DecayState(NamedTuple):
+    """The state of decay."""
+
+    step: Int[Array, ""]
+    """How many updates there were, for schedules."""
+    inner: optax.OptState
+    references: tuple[Array, ...] = ()
+    """What each selected weight is drawn to, if that is not zero."""
+
+
+def weight_decay(rate: Any, mask: Any = None) -> optax.GradientTransformation:
+    r"""Adds $\lambda w$ to the update.
+
+    Before Adam it is coupled, the gradient of [`eqxreg.l2_penalty`][]:
+    `optax.chain(weight_decay(1e-4), optax.adam(1e-3))`. After Adam and before the
+    learning rate it is decoupled, which is AdamW:
+    `optax.chain(optax.scale_by_adam(), weight_decay(1e-2),
+    optax.scale_by_learning_rate(1e-3))`. For complex weights, conjugate the gradients
+    of JAX first, as for every transform of Optax.
+
+    Under a wrapper it is the raw weight that decays. What that does is told by
+    [`eqxreg.scale_invariant`][].
+
+    **Arguments:**
+
+    - `rate`: the factor $\lambda$: a non-negative number, a scalar array or an Optax
+        schedule.
+    - `mask`: which weights: a selector such as [`eqxreg.weights`][], a function to a
+        tree of booleans, or such a tree. Defaults to every trainable array, biases too.
+
+    **Returns:**
+
+    An `optax.GradientTransformation`. Updates keep their dtype.
+
+    **Raises:**
+
+    - `ValueError`: if `rate` is negative; in `init`, if `mask` selects nothing; in
+        `update`, if there are no `params`.
+
+    !!! example
+
+        ```python
+        >>> import jax.numpy as jnp
+        >>> import eqxreg
+        >>> decay = eqxreg.weight_decay(0.1)
+        >>> params, grads = jnp.array([1.0, 10.0]), jnp.array([1.0, 2.0])
+        >>> print(decay.update(grads, decay.init(params), params)[0])
+        [1.1 3. ]
+
+        ```
+    """
+    return _decay(check_rate(rate, "rate"), _itself, mask, "weight_decay")
+
+
+def sign_decay(rate: Any, mask: Any = None) -> optax.GradientTransformation:
+    r"""Adds $\lambda\, \mathrm{sign}(w)$ to the update: the gradient of
+    [`eqxreg.l1_penalty`][].
+
+    Weights come near zero but do not stay there. To reach zeros, use
+    [`eqxreg.soft_threshold`][].
+
+    **Arguments:**
+
+    - `rate`, `mask`: as in [`eqxreg.weight_decay`][].
+
+    **Returns:**
+
+    An `optax.GradientTransformation`. Updates keep their dtype.
+
+    **Raises:**
+
+    - As [`eqxreg.weight_decay`][] does.
+    """
+    sign = lambda weight, update: jnp.sign(weight)
+    return _decay(check_rate(rate, "rate"), sign, mask, "sign_decay")
+
+
+def decay_towards(
+    reference: PyTree, rate: Any, mask: Any = None
+) -> optax.GradientTransformation:
+    r"""Adds $\lambda (w - w_0)$ to the update: weights are drawn to a reference, such
+    as a pretrained model that is being tuned, and not to zero.
+
+    It is placed as [`eqxreg.weight_decay`][] is. Where gradients vanish, weights come
+    to rest at the reference.
+
+    **Arguments:**
+
+    - `reference`: the model with the weights $w_0$, or any tree that has an array of
+        the right shape wherever the parameters have a selected one. The optimiser's
+        state keeps a copy of these arrays.
+    - `rate`, `mask`: as in [`eqxreg.weight_decay`][].
+
+    **Returns:**
+
+    An `optax.GradientTransformation`. Updates keep their dtype.
+
+    **Raises:**
+
+    - `ValueError`: as [`eqxreg.weight_decay`][] does; and in `init`, if the reference
+        lacks a selected array, or has it in another shape.
+
+    !!! example
+
+        ```python
+        >>> import jax.numpy as jnp
+        >>> import eqxreg
+        >>> start = {"weight": jnp.array([1.0, 2.0])}
+        >>> decay = eqxreg.decay_towards(start, 0.1)
+        >>> params, grads = {"weight": jnp.array([2.0, 2.0])}, {"weight": jnp.zeros(2)}
+        >>> print(decay.update(grads, decay.init(params), params)[0]["weight"])
+        [0.1 0. ]
+
+        ```
+
+    ??? cite
+
+        L2-SP: [Explicit Inductive Bias for Transfer Learning with Convolutional
+        Networks](https://arxiv.org/abs/1802.01483), Li, Grandvalet and Davoine.
+    """
+    rate = check_rate(rate, "rate")
+    leaves, _ = jtu.tree_flatten_with_path(reference)
+    arrays = {path: leaf for path, leaf in leaves if eqx.is_inexact_array(leaf)}
+    return _decay(rate, _itself, mask, "decay_towards", arrays)
+
+
+def cautious_weight_decay(rate: Any, mask: Any = None) -> optax.GradientTransformation:
+    r"""Adds $\lambda w$ to the update where both have the same sign: weights decay only
+    where the step shrinks them anyway.
+
+    $$u_i \mapsto u_i + \lambda\, [u_i w_i \ge 0]\, w_i$$
+
+    It stands after what finds the direction and before the learning rate, where updates
+    have the sign of a gradient: `optax.chain(optax.scale_by_adam(),
+    cautious_weight_decay(1e-2), optax.scale_by_learning_rate(1e-3))`. Unlike
+    [`eqxreg.weight_decay`][] it does not move the minima of the loss.
+
+    **Arguments:**
+
+    - `rate`, `mask`: as in [`eqxreg.weight_decay`][].
+
+    **Returns:**
+
+    An `optax.GradientTransformation`. Updates keep their dtype.
+
+    **Raises:**
+
+    - As [`eqxreg.weight_decay`][] does.
+
+    !!! example
+
+        ```python
+        >>> import jax.numpy as jnp
+        >>> import eqxreg
+        >>> decay = eqxreg.cautious_weight_decay(0.1)
+        >>> params, updates = jnp.array([1.0, -1.0]), jnp.array([2.0, 2.0])
+        >>> print(decay.update(updates, decay.init(params), params)[0])
+        [2.1 2. ]
+
+        ```
+
+    ??? cite
+
+        [Cautious Weight Decay](https://arxiv.org/abs/2510.12402), Chen et al., 2025.
+    """
+
+    def agreeing(weight: Array, update: Array) -> Array:
+        # Of complex numbers, the real part says whether the step shrinks the weight.
+        agrees = jnp.real(jnp.conj(update) * weight) >= 0
+        return jnp.where(agrees, weight, 0)
+
+    name = "cautious_weight_decay"
+    return _decay(check_rate(rate, "rate"), agreeing, mask, name)
+
+
+def corrected_weight_decay(
+    rate: Any,
+    learning_rate: Any,
+    peak_learning_rate: Any = None,
+    mask: Any = None,
+) -> optax.GradientTransformation:
+    r"""Adds $\lambda \frac{\eta_t}{\eta_{\max}} w$ to the update: the decay of AdamC,
+    for weights whose size does not matter to the network.
+
+    Weights that a normalisation follows, and those under maps such as
+    [`eqxreg.UnitNorm`][] ([`eqxreg.scale_invariant`][] selects these), come to rest at
+    a norm for which decay and gradients are in balance. With decoupled decay, $\eta_t
+    \lambda$, that balance makes gradients grow as the learning rate falls. With
+    $\eta_t^2 \lambda / \eta_{\max}$ it does not. Other weights, such as those of the
+    last layer, want [`eqxreg.weight_decay`][].
+
+    It stands between the direction and the learning rate, as decoupled decay does:
+    `optax.chain(optax.scale_by_adam(), corrected_weight_decay(1e-2, schedule, peak,
+    mask=normalised), optax.scale_by_learning_rate(schedule))`.
+
+    **Arguments:**
+
+    - `rate`: the factor $\lambda$: a non-negative number, a scalar array or a schedule.
+    - `learning_rate`: the learning rate $\eta_t$ that follows in the chain: a number, a
+        scalar array or a schedule.
+    - `peak_learning_rate`: its largest value $\eta_{\max}$, a positive number. Defaults
+        to `learning_rate` itself if that is no schedule.
+    - `mask`: as in [`eqxreg.weight_decay`][].
+
+    **Returns:**
+
+    An `optax.GradientTransformation`. Updates keep their dtype.
+
+    **Raises:**
+
+    - `ValueError`: as [`eqxreg.weight_decay`][] does; and if `learning_rate` is a
+        schedule and there is no `peak_learning_rate`.
+
+    ??? cite
+
+        AdamC: [Why Gradients Rapidly Increase Near the End of
+        Training](https://arxiv.org/abs/2506.02285), Defazio, 2025.
+    """
+    rate = _relative_to_peak(rate, learning_rate, peak_learning_rate)
+    return _decay(rate, _itself, mask, "corrected_weight_decay")
+
+
+def independent_weight_decay(
+    rate: Any,
+    learning_rate: Any,
+    peak_learning_rate: Any = None,
+    mask: Any = None,
+) -> optax.GradientTransformation:
+    r"""Adds $-\lambda \frac{\eta_t}{\eta_{\max}} w$ to the update: decay that follows
+    the schedule of the learning rate, but not its size.
+
+    So the best rate does not change when the learning rate is tuned. It comes after the
+    learning rate, where updates are what is added to the weights:
+    `optax.chain(optax.adam(schedule), independent_weight_decay(1e-4, schedule, peak))`.
+
+    **Arguments:**
+
+    - `rate`: the share $\lambda$ of itself that a weight loses in a step at the peak: a
+        non-negative number, a scalar array or a schedule.
+    - `learning_rate`: the learning rate $\eta_t$ of the chain: a number, a scalar array
+        or a schedule.
+    - `peak_learning_rate`, `mask`: as in [`eqxreg.corrected_weight_decay`][].
+
+    **Returns:**
+
+    An `optax.GradientTransformation`. Updates keep their dtype.
+
+    **Raises:**
+
+    - As [`eqxreg.corrected_weight_decay`][] does.
+
+    !!! example
+
+        ```python
+        >>> import jax.numpy as jnp
+        >>> import eqxreg
+        >>> decay = eqxreg.independent_weight_decay(0.1, learning_rate=1e-3)
+        >>> params, updates = jnp.array([1.0, 10.0]), jnp.zeros(2)
+        >>> print(decay.update(updates, decay.init(params), params)[0])
+        [-0.1 -1. ]
+
+        ```
+
+    ??? cite
+
+        [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101),
+        Loshchilov and Hutter, where decay has the schedule's multiplier and no more.
+    """
+    rate = _relative_to_peak(rate, learning_rate, peak_learning_rate)
+    name = "independent_weight_decay"
+    return _decay(rate, lambda weight, update: -weight, mask, name)
+
+
+def _itself(weight: Array, update: Array) -> Array:
+    del update
+    return weight
+
+
+def _relative_to_peak(rate: Any, learning_rate: Any, peak: Any) -> Any:
+    """`rate`, times the learning rate as a share of its peak."""
+    rate = check_rate(rate, "rate")
+    learning_rate = check_rate(learning_rate, "learning_rate")
+    if peak is None:
+        if not callable(learning_rate):
+            return rate
+        raise ValueError(
+            "`learning_rate` is a schedule, whose largest value cannot be read off it: "
+            "give `peak_learning_rate`."
+        )
+    peak = check_rate(peak, "peak_learning_rate", schedules=False, positive=True)
+    return product(rate, learning_rate, 1 / peak)
+
+
+def _decay(
+    rate: Any,
+    direction: Callable[[Array, Array], Array],
+    mask: Any,
+    name: str,
+    references: dict[Any, Array] | None = None,
+) -> optax.GradientTransformation:
+    """Adds `rate * direction(weight, update)`; the weight counts from its reference, if
+    there are any."""
+    where = trainable if mask is None else mask
+
+    def selected(params: PyTree) -> PyTree:
+        chosen = require_selection(where, params, "mask")
+        return jax.tree.unflatten(jax.tree.structure(params), chosen)
+
+    # Optax adds one times what we make of the weights, in the dtype of each.
+    inner = optax.add_decayed_weights(1.0, mask=selected)
+
+    def init(params):
+        kept = ()
+        if references is not None:
+            found = chosen_params(where, params)
+            kept = tuple(_reference(references, site, p) for _, p, site in found)
+        return DecayState(jnp.zeros((), jnp.int32), inner.init(params), kept)
+
+    def update(updates, state, params=None):
+        check_params(params, name)
+
+        def decayed(param: Array, update: Array) -> Array:
+            wide = direction(widen(param), widen(update))
+            now = rate_at(rate, state.step, wide.dtype)
+            return (now * wide).astype(update.dtype)
+
+        from_reference = params
+        if references is not None:
+            leaves, structure = jax.tree.flatten(params)
+            kept = iter(state.references)
+            for i, param, _ in chosen_params(where, params):
+                leaves[i] = widen(param) - widen(next(kept))
+            from_reference = structure.unflatten(leaves)
+        decay = jax.tree.map(decayed, from_reference, updates)
+        updates, inner_state = inner.update(updates, state.inner, decay)
+        return updates, DecayState(following(state.step), inner_state, state.references)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _reference(references: dict[Any, Array], site: Any, param: Array) -> Array:
+    reference = references.get(site.entries)
+    if reference is None or reference.shape != param.shape:
+        there = "none" if reference is None else f"one of shape {reference.shape}"
+        raise ValueError(
+            f"`reference` must have an array of shape {param.shape} at `{site.path}`, "
+            f"as the parameters do, and has {there}. Give the model itself, or leave "
+            "this array out of `mask`."
+        )
+    # The optimiser's state may be donated, the reference may not.
+    return jnp.array(reference, dtype=param.dtype, copy=True)

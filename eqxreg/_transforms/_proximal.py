@@ -1,0 +1,251 @@
+r"""Proximal steps, which end the chain: after the step, each weight goes to
+
+$$\mathrm{prox}_{\eta f}(w) = \arg\min_v \tfrac{1}{2} \lVert v - w \rVert^2
++ \eta f(v),$$
+
+for $f$ a penalty that is not smooth at zero, and $\eta$ the learning rate. What a
+gradient of such a penalty only comes near to, a proximal step reaches: exact zeros.
+"""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Inexact, Int
+
+from .._norms import (
+    AxisLike,
+    check_axis,
+    per_layer,
+    real_dtype,
+    resolve_axes,
+    scaled_norm,
+    widen,
+)
+from .._rates import check_rate, product, rate_at
+from .._select import trainable, weights
+from ._params import change, check_params, chosen_params, following, moved
+
+
+class ProximalState(NamedTuple):
+    """The state of a proximal step: how many updates there were, for schedules."""
+
+    step: Int[Array, ""]
+
+
+def soft_threshold(
+    rate: Any, *, learning_rate: Any, mask: Any = None
+) -> optax.GradientTransformation:
+    r"""After the step, moves each entry towards zero by $\eta\lambda$, and no further:
+
+    $$w \mapsto \mathrm{sign}(w) \max(|w| - \eta\lambda, 0).$$
+
+    This is the proximal step of [`eqxreg.l1_penalty`][], and
+    `optax.chain(optax.sgd(lr), soft_threshold(rate, learning_rate=lr))` is ISTA: it
+    minimises the loss plus that penalty, which must then not be in the loss. Entries
+    become exact zeros.
+
+    It comes after the learning rate, and before [`eqxreg.project`][]. With Adam the
+    steps of entries differ in size, and the threshold does not; the zeros are those of
+    another problem.
+
+    **Arguments:**
+
+    - `rate`: the factor $\lambda$ of the penalty: a non-negative number, a scalar array
+        or an Optax schedule.
+    - `learning_rate`: the learning rate $\eta$ of the step before: a number, a scalar
+        array or a schedule. (Keyword only argument.)
+    - `mask`: which weights: a selector such as [`eqxreg.weights`][], a function to a
+        tree of booleans, or such a tree. Defaults to every trainable array, biases too.
+        (Keyword only argument.)
+
+    **Returns:**
+
+    An `optax.GradientTransformation`. Updates keep their dtype; zeros are exact in all
+    of them.
+
+    **Raises:**
+
+    - `ValueError`: if `rate` or `learning_rate` is negative; in `init`, if `mask`
+        selects nothing; in `update`, if there are no `params`.
+
+    !!! example
+
+        ```python
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import eqxreg
+        >>> prox = eqxreg.soft_threshold(0.5, learning_rate=1.0)
+        >>> params, updates = jnp.array([2.0, -0.5, 0.25]), jnp.zeros(3)
+        >>> updates, _ = prox.update(updates, prox.init(params), params)
+        >>> print(optax.apply_updates(params, updates))
+        [1.5 0.  0. ]
+
+        ```
+
+    ??? cite
+
+        ISTA: [An Iterative Thresholding Algorithm for Linear Inverse Problems with a
+        Sparsity Constraint](https://arxiv.org/abs/math/0307152), Daubechies, Defrise
+        and De Mol.
+    """
+    name, where = "soft_threshold", _or_trainable(mask)
+    return _proximal(_soft, name, where, learning_rate, rate=rate)
+
+
+def group_soft_threshold(
+    rate: Any, axis: AxisLike = "unit", *, learning_rate: Any, mask: Any = None
+) -> optax.GradientTransformation:
+    r"""After the step, shortens each group of weights by $\eta\lambda$, down to zero:
+
+    $$w_g \mapsto w_g \max\left(1 - \frac{\eta\lambda}{\lVert w_g \rVert}, 0\right).$$
+
+    This is the proximal step of [`eqxreg.group_lasso_penalty`][]. Groups become zero as
+    a whole: with `axis="unit"` they are units, filters or tokens, which can then be
+    left out of the network.
+
+    **Arguments:**
+
+    - `rate`, `learning_rate`: as in [`eqxreg.soft_threshold`][].
+    - `axis`: the axes that a group extends over, as in [`eqxreg.MaxNorm`][]. Defaults
+        to `"unit"`, every axis but the first.
+    - `mask`: as in [`eqxreg.soft_threshold`][], but defaults to [`eqxreg.weights`][].
+        (Keyword only argument.)
+
+    **Returns:**
+
+    An `optax.GradientTransformation`. Updates keep their dtype; zeros are exact in all
+    of them.
+
+    **Raises:**
+
+    - `ValueError`: as [`eqxreg.soft_threshold`][] does; and if `axis` is unknown.
+
+    !!! example
+
+        ```python
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import eqxreg
+        >>> prox = eqxreg.group_soft_threshold(1.0, learning_rate=1.0)
+        >>> params = {"weight": jnp.array([[3.0, 4.0], [0.3, 0.4]])}
+        >>> updates = {"weight": jnp.zeros((2, 2))}
+        >>> updates, _ = prox.update(updates, prox.init(params), params)
+        >>> with jnp.printoptions(precision=3):
+        ...     print(optax.apply_updates(params, updates)["weight"])
+        [[2.4 3.2]
+         [0.  0. ]]
+
+        ```
+
+    ??? cite
+
+        [Model Selection and Estimation in Regression with Grouped
+        Variables](https://doi.org/10.1111/j.1467-9868.2005.00532.x), Yuan and Lin,
+        2006. They weigh groups by the root of their size; put that into `rate`.
+    """
+    fn = ft.partial(_group_soft, check_axis(axis))
+    where = weights if mask is None else mask
+    return _proximal(fn, "group_soft_threshold", where, learning_rate, rate=rate)
+
+
+def elastic_net_prox(
+    l1: Any, l2: Any, *, learning_rate: Any, mask: Any = None
+) -> optax.GradientTransformation:
+    r"""After the step, moves each entry towards zero by $\eta\lambda_1$, and scales
+    what is left:
+
+    $$w \mapsto \frac{\mathrm{sign}(w) \max(|w| - \eta\lambda_1, 0)}{1 +
+    \eta\lambda_2}.$$
+
+    This is the proximal step of [`eqxreg.elastic_net_penalty`][]. With `l1=0` it is
+    implicit weight decay, which is stable for every rate.
+
+    **Arguments:**
+
+    - `l1`, `l2`: the factors $\lambda_1$ and $\lambda_2$ of the penalty: non-negative
+        numbers, scalar arrays or Optax schedules.
+    - `learning_rate`, `mask`: as in [`eqxreg.soft_threshold`][]. (Keyword only
+        arguments.)
+
+    **Returns:**
+
+    An `optax.GradientTransformation`. Updates keep their dtype; zeros are exact in all
+    of them.
+
+    **Raises:**
+
+    - As [`eqxreg.soft_threshold`][] does.
+    """
+
+    def fn(weight: Array, l1: Array, l2: Array) -> Array:
+        return _soft(weight, l1) / (1 + l2).astype(weight.dtype)
+
+    name, where = "elastic_net_prox", _or_trainable(mask)
+    return _proximal(fn, name, where, learning_rate, l1=l1, l2=l2)
+
+
+def _or_trainable(mask: Any) -> Any:
+    return trainable if mask is None else mask
+
+
+def _soft(
+    weight: Inexact[Array, "*shape"], threshold: Float[Array, ""]
+) -> Inexact[Array, "*shape"]:
+    if not jnp.iscomplexobj(weight):
+        return jnp.sign(weight) * jnp.maximum(jnp.abs(weight) - threshold, 0)
+    return _shrunk(weight, (), threshold)
+
+
+def _group_soft(
+    axis: Any, weight: Inexact[Array, "*shape"], threshold: Float[Array, ""]
+) -> Inexact[Array, "*shape"]:
+    return _shrunk(weight, resolve_axes(axis, weight.ndim), threshold)
+
+
+def _shrunk(weight: Array, axes: tuple[int, ...], threshold: Array) -> Array:
+    """`weight` with its slices over `axes` shorter by `threshold`."""
+    norm, scale = scaled_norm(weight, axes)
+    left = norm - threshold * scale
+    share = jnp.where(left > 0, left / jnp.where(norm > 0, norm, 1), left * 0)
+    return weight * share.astype(weight.dtype)
+
+
+def _proximal(
+    fn: Callable[..., Array],
+    name: str,
+    where: Any,
+    learning_rate: Any,
+    **rates: Any,
+) -> optax.GradientTransformation:
+    """`fn(weight, *thresholds)` after the step, with the rates times the learning rate
+    as thresholds."""
+    learning_rate = check_rate(learning_rate, "learning_rate")
+    thresholds = [
+        product(check_rate(rate, argument), learning_rate)
+        for argument, rate in rates.items()
+    ]
+
+    def init(params):
+        # Raises if nothing is selected.
+        chosen_params(where, params)
+        return ProximalState(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None):
+        check_params(params, name)
+
+        def arrived(weight: Array) -> Array:
+            real = real_dtype(weight.dtype)
+            now = [rate_at(threshold, state.step, real) for threshold in thresholds]
+            return fn(weight, *now)
+
+        leaves, structure = jax.tree.flatten(updates)
+        for i, param, site in chosen_params(where, params):
+            new = per_layer(arrived, widen(moved(param, leaves[i])), site.rank)
+            leaves[i] = change(param, new, leaves[i].dtype)
+        return structure.unflatten(leaves), ProximalState(following(state.step))
+
+    return optax.GradientTransformation(init, update)
