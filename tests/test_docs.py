@@ -10,6 +10,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # `jaxtyping` is what its import hook adds to the modules that it checks.
 PUBLIC = {n for n in vars(eqxreg) if not n.startswith("_")} - {"jaxtyping"}
+# Lines of other libraries are marked `py` or `julia` there, and not run.
+RECIPES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/recipes/*.md"))
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -17,7 +19,7 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *RECIPES])
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_examples_run_in_the_order_of_the_page(page):
     names: dict = {}
@@ -44,7 +46,7 @@ def test_the_commands_are_targets_of_the_makefile():
 
 def test_every_public_name_is_in_the_documentation():
     pages = "".join(
-        p.read_text(encoding="utf-8") for p in (ROOT / "docs").rglob("*.md")
+        p.read_text(encoding="utf-8") for p in (ROOT / "docs" / "api").rglob("*.md")
     )
     assert PUBLIC == {name for name in PUBLIC if f"eqxreg.{name}" in pages}
 
