@@ -52,7 +52,8 @@ def metrics(
         on its boundary. For [`eqxreg.NonNegative`][], [`eqxreg.Box`][] and vectors it
         is the share of entries; for several maps, the largest of their shares. In a set
         that is all boundary, such as a sphere, it is 1, but for units that are zero and
-        that the map leaves at zero.
+        that the map leaves at zero. Sets that hold all multiples of their weights, such
+        as that of [`eqxreg.Symmetric`][], count only units that are outside.
 
     The last two are there only for weights that have a set: those whose wrappers are
     all an [`eqxreg.Constraint`][] with an [`eqxreg.Projection`][] and, if there is a

@@ -21,8 +21,6 @@ from .._norms import (
     resolve_axes,
     tolerance,
     wide_dtype,
-    widen,
-    with_derivative_of,
 )
 from ._base import (
     Bound,
@@ -36,7 +34,7 @@ from ._base import (
     check_order,
 )
 from ._elementwise import clip
-from ._rescale import at_most, between, exactly, norms_of, rescale
+from ._rescale import at_most, between, exactly, norms_of, rescale, with_gain
 from ._simplex import project_to_l1_ball
 
 
@@ -280,18 +278,7 @@ class WeightNorm(Parametrization):
     def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         if self.gain is None:
             raise ValueError("Weight normalisation has no gain before it is bound.")
-        axes = resolve_axes(self.axis, raw.ndim)
-        norms, wide = norms_of(raw, axes), widen(raw)
-        gain = self.gain.astype(norms.norm.dtype)
-        factor = (gain / jnp.where(norms.nonzero, norms.norm, 1)).astype(wide.dtype)
-        value = wide * norms.scale.astype(wide.dtype) * factor
-        # In this form a gain that starts as the norm changes no bit of the weight. Its
-        # derivative is that of gain times direction; at zero, where there is none, it
-        # is the identity, which lets `raw` find one.
-        direction = rescale(exactly, axes, wide, jnp.ones((), norms.norm.dtype))
-        product = direction * jnp.where(norms.nonzero, gain, 1).astype(wide.dtype)
-        value = jnp.where(norms.nonzero, value, wide)
-        return with_derivative_of(value, product).astype(raw.dtype)
+        return with_gain(resolve_axes(self.axis, raw.ndim), raw, self.gain)
 
     def inverse(self, weight: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         return weight

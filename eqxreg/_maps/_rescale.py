@@ -139,6 +139,39 @@ def _(plan, axes, primals, tangents):
     return value, change.astype(weight.dtype)
 
 
+@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def with_gain(
+    axes: tuple[int, ...],
+    weight: Inexact[Array, "*shape"],
+    gain: Inexact[Array, "..."],
+) -> Inexact[Array, "*shape"]:
+    r"""$w \mapsto g\, w / \lVert w \rVert$ for the slices of `weight` over `axes`, with
+    a gain for each. A gain that is the norm changes no bit. A zero slice has no
+    direction: it stays zero, and its derivative is the identity."""
+    norms = norms_of(weight, axes)
+    target = jnp.where(norms.nonzero, gain.astype(norms.norm.dtype), 0)
+    return _at(norms, target, weight).astype(weight.dtype)
+
+
+@with_gain.defjvp
+def _(axes, primals, tangents):
+    (weight, gain), (tangent, gain_tangent) = primals, tangents
+    norms = norms_of(weight, axes)
+    (norm, scale), wide = norms, widen(weight)
+    gain, gain_tangent = gain.astype(norm.dtype), gain_tangent.astype(norm.dtype)
+    value = with_gain(axes, weight, gain)
+
+    # As above, masks and scales are kept to the norms.
+    tangent, norm = widen(tangent), jnp.where(norms.nonzero, norm, 1)
+    inner = jnp.sum(jnp.real(jnp.conj(wide) * tangent), axis=axes, keepdims=True)
+    norm_tangent = inner * scale / norm * scale
+    along = (gain_tangent - gain * norm_tangent / norm) / norm * scale
+    across = jnp.where(norms.nonzero, gain / norm * scale, 1)
+    along = jnp.where(norms.nonzero, along, 0)
+    change = across.astype(wide.dtype) * tangent + along.astype(wide.dtype) * wide
+    return value, change.astype(weight.dtype)
+
+
 def _at(norms: Norms, target: Array, weight: Array) -> Array:
     """The slices at norm `target`, before rounding; a zero slice stays zero."""
     wide = widen(weight)
