@@ -20,12 +20,8 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import dataclasses
 import functools as ft
-import importlib.metadata
 import json
-import platform
-import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -41,10 +37,10 @@ from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from timing import Call, about, in_turn, medians
 
 
 Values: TypeAlias = NDArray[np.float64]
-Call: TypeAlias = Callable[[], Any]
 
 SEED = 0
 # What one step of Adam or of a sign method changes in each entry.
@@ -212,7 +208,7 @@ def measure_estimators(cases: Iterable[Case], rounds: int) -> Iterator[Result]:
             name: ft.partial(fn, case.weight, case.warm)
             for name, fn in compiled.items()
         }
-        times = in_turn(calls, rounds)
+        times = medians(in_turn(calls, rounds))
         for name, call in calls.items():
             error = relative(call(), case.values[0])
             measures = {"error": error, "milliseconds": times[name]}
@@ -289,7 +285,7 @@ def measure_maps(cases: Iterable[Case], rounds: int) -> Iterator[Result]:
         calls: dict[str, Call] = {
             name: ft.partial(fn, case.weight) for name, fn in compiled.items()
         }
-        times = in_turn(calls, rounds) if case.name in TIMED else {}
+        times = medians(in_turn(calls, rounds)) if case.name in TIMED else {}
         for name, call in calls.items():
             measures = errors_of(MAPS[name], case, np.asarray(call(), np.float64))
             if name in times:
@@ -410,7 +406,7 @@ def measure_convolutions(rounds: int) -> Iterator[Result]:
             for method, fn in methods.items()
         }
         truth = true_norm(layer, shape)
-        times = in_turn(calls, rounds)
+        times = medians(in_turn(calls, rounds))
         for method, call in calls.items():
             measures = {
                 "error": relative(call(), truth),
@@ -426,36 +422,6 @@ def measure_convolutions(rounds: int) -> Iterator[Result]:
 def relative(value: Any, truth: float) -> float:
     """The error of a value, relative to the truth, with its sign."""
     return float(np.asarray(value, np.float64) / truth - 1)
-
-
-def in_turn(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
-    """The median time of each call in milliseconds, after one that is not counted. They
-    take turns, so that what else the machine does meets all of them. Fast ones have
-    more rounds, up to a second of them."""
-    for call in calls.values():
-        jax.block_until_ready(call())
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    begin = time.perf_counter()
-    done = 0
-    while done < rounds or (done < 10 * rounds and time.perf_counter() < begin + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(1e3 * (time.perf_counter() - start))
-        done += 1
-    return {name: statistics.median(taken) for name, taken in times.items()}
-
-
-def about() -> dict[str, Any]:
-    """On what the numbers were measured."""
-    packages = ("eqxreg", "equinox", "jax", "jaxlib", "numpy")
-    return {
-        "device": jax.devices()[0].platform,
-        "cores": len(os.sched_getaffinity(0)),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
 
 
 # Showing.

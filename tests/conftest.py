@@ -40,3 +40,10 @@ def x64():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget():
+    """What was compiled for one file is of no use to the next, and takes memory."""
+    yield
+    jax.clear_caches()

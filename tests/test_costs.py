@@ -1,0 +1,112 @@
+"""What maps cost, by what can be counted: memory traffic, operations, traces. Ceilings
+are a little above what is counted now."""
+
+import re
+
+import equinox as eqx
+import eqxreg
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from eqxreg._maps import WeightNorm
+from eqxreg._maps._scale_norm import warm
+
+
+SIZE = 1024
+WEIGHT = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32)
+BYTES = 4 * SIZE * SIZE
+
+
+def gradient_of(p):
+    def both(weight, cotangent):
+        value, pull_back = jax.vjp(p, weight)
+        return value, pull_back(cotangent)[0]
+
+    return both
+
+
+def one_power_step(weight, cotangent):
+    p = eqxreg.SpectralNorm()
+    start = jnp.ones((1, SIZE))
+    measured = lambda weight: p.measured(weight, warm(1), start)
+    value, pull_back, start = jax.vjp(measured, weight, has_aux=True)
+    return value, pull_back(cotangent)[0], start
+
+
+# Forward and backward: reads and writes of a whole weight, and operations. Of the ten
+# of the norm maps, two are in the branch for norms that are out of range.
+COSTS = {
+    "copy": (lambda w, g: (w + 1, g + 1), 4.1, 20),
+    "max_norm-unit": (gradient_of(eqxreg.MaxNorm(0.5, "unit")), 10.1, 210),
+    "max_norm-whole": (gradient_of(eqxreg.MaxNorm(0.5)), 10.1, 175),
+    "unit_norm": (gradient_of(eqxreg.UnitNorm(axis="unit")), 10.1, 225),
+    "weight_norm": (gradient_of(WeightNorm("unit", jnp.ones((SIZE, 1)))), 10.1, 195),
+    "box": (gradient_of(eqxreg.Box(-1, 1)), 5.1, 45),
+    "spectral_norm": (one_power_step, 8.1, 315),
+}
+
+
+def operations(text: str) -> int:
+    return len(re.findall(r"^ +\S.* = ", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", list(COSTS))
+def test_memory_traffic_and_operations_of_a_map(name):
+    fn, passes, most = COSTS[name]
+    compiled = jax.jit(fn).lower(WEIGHT, WEIGHT).compile()
+    assert compiled.cost_analysis()["bytes accessed"] <= passes * BYTES
+    assert operations(compiled.as_text()) <= most
+    # Nothing of the size of a weight is written but the results.
+    assert compiled.memory_analysis().temp_size_in_bytes <= 0.01 * BYTES
+
+
+def gradient_text(depth, scan, p):
+    model = eqx.nn.MLP(8, 8, 8, depth, scan=scan, key=jax.random.key(0))
+    model = model if p is None else eqxreg.constrain(model, p)
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def loss(params, x):
+        return jnp.sum(eqx.combine(params, static)(x) ** 2)
+
+    return jax.jit(jax.grad(loss)).lower(params, jnp.ones(8)).compile().as_text()
+
+
+def test_a_scanned_stack_compiles_to_as_much_however_deep_it_is():
+    p = eqxreg.MaxNorm(0.5, axis="unit")
+    shallow, deep = (operations(gradient_text(d, True, p)) for d in (4, 50))
+    assert deep <= shallow + 20
+
+
+def test_operations_grow_with_the_layers_and_no_faster():
+    p = eqxreg.MaxNorm(0.5, axis="unit")
+    counts = [operations(gradient_text(d, False, p)) for d in (2, 4, 8)]
+    assert counts[2] - counts[1] <= 2.2 * (counts[1] - counts[0])
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_training_step_is_traced_once(key):
+    traces = []
+    model = eqxreg.constrain(
+        eqx.nn.MLP(4, 2, 8, depth=2, key=key),
+        eqxreg.MaxNorm(jnp.asarray(0.5), axis="unit"),
+    )
+    optimiser = optax.chain(
+        eqxreg.weight_decay(1e-2),
+        optax.adam(1e-2),
+        eqxreg.soft_threshold(1e-3, learning_rate=1e-2),
+        eqxreg.project(eqxreg.SpectralScale(2.0), every=2, momentum="tangent"),
+    )
+    state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
+
+    @eqx.filter_jit
+    def step(model, state):
+        traces.append(None)
+        grads = eqx.filter_grad(lambda model: jnp.sum(model(jnp.ones(4)) ** 2))(model)
+        params = eqx.filter(model, eqx.is_inexact_array)
+        updates, state = optimiser.update(grads, state, params)
+        return eqx.apply_updates(model, updates), state
+
+    for _ in range(4):
+        model, state = step(model, state)
+    assert len(traces) == 1
