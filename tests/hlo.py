@@ -1,0 +1,38 @@
+"""What compiled programs send between devices, read from their text."""
+
+import math
+import re
+from typing import NamedTuple
+
+
+class Collective(NamedTuple):
+    """An operation in which devices take part together."""
+
+    kind: str
+    dtypes: tuple[str, ...]
+    sizes: tuple[int, ...]
+    """The numbers of entries of its results, on one device."""
+    line: str
+
+    @property
+    def is_half(self) -> bool:
+        """Whether it is in half precision. A compiler for a device that cannot do that
+        rewrites it in single precision, and says so in the name of the sum."""
+        halves = {"bf16", "f16"} & set(self.dtypes)
+        return bool(halves) or "promoted" in self.line
+
+
+_KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+
+
+def collectives(text: str) -> list[Collective]:
+    """All of a compiled program."""
+    found = []
+    for line in text.splitlines():
+        match = re.search(rf"= (.*?) ({_KINDS})(?:-start)?\(", line)
+        if match:
+            shapes = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", match[1])
+            sizes = (math.prod(int(n) for n in d.split(",") if n) for _, d in shapes)
+            dtypes = tuple(dtype for dtype, _ in shapes)
+            found.append(Collective(match[2], dtypes, tuple(sizes), line.strip()))
+    return found
