@@ -14,7 +14,7 @@ import optax
 import pytest
 from eqxreg._singular import gram, lanczos, of_matrix, start_vector
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jax.test_util import check_grads
+from quick import check_derivatives, filter_jit, jit
 from tables import exact, sample
 
 
@@ -60,7 +60,13 @@ MATRICES = {
 
 @ft.cache
 def compiled(p):
+    """As users compile it, for its bits."""
     return jax.jit(lambda weight: p(weight))
+
+
+@ft.cache
+def estimate(method):
+    return jit(ft.partial(eqxreg.spectral_norm, method=method))
 
 
 FULL_RANK = [name for name in MATRICES if name not in ("rank three", "fast decay")]
@@ -72,8 +78,7 @@ def test_estimates_of_the_largest_singular_value_agree_with_the_svd(name):
     weight = MATRICES[name]
     expected = singular_values(weight)[0]
     estimates = {
-        method: float(eqxreg.spectral_norm(weight, method=method))
-        for method in ("lanczos", "gram", "svd")
+        method: float(estimate(method)(weight)) for method in ("lanczos", "gram", "svd")
     }
     assert estimates["lanczos"] == pytest.approx(expected, rel=1e-4)
     assert estimates["svd"] == pytest.approx(expected, rel=1e-6)
@@ -86,9 +91,9 @@ def test_one_krylov_space_is_enough_for_a_large_gaussian_matrix():
     start = start_vector(weight)
     # In numpy, the values alone, by the symmetric product, for speed.
     expected = np.sqrt(np.linalg.eigvalsh(exact(weight).T @ exact(weight))[-1])
-    once = jax.jit(lambda w: lanczos(of_matrix(w), start, cycles=1).value)(weight)
+    once = jit(lambda w: lanczos(of_matrix(w), start, cycles=1).value)(weight)
     assert float(once) == pytest.approx(expected, rel=1e-3)
-    value = singular_values(jax.jit(eqxreg.SpectralNorm(0.5))(weight))[0]
+    value = singular_values(jit(eqxreg.SpectralNorm(0.5))(weight))[0]
     assert value == pytest.approx(0.5, rel=1e-5)
 
 
@@ -96,9 +101,9 @@ def test_one_krylov_space_is_enough_for_a_large_gaussian_matrix():
 def test_the_gradient_of_the_largest_singular_value_is_an_outer_product(method):
     weight = sample("float32", shape=(7, 5))
     u, _, vh = np.linalg.svd(exact(weight))
-    norm = ft.partial(eqxreg.spectral_norm, method=method)
+    gradient = jax.grad(ft.partial(eqxreg.spectral_norm, method=method))
     np.testing.assert_allclose(
-        jax.grad(norm)(weight), np.outer(u[:, 0], vh[0]), atol=1e-4
+        jit(gradient)(weight), np.outer(u[:, 0], vh[0]), atol=1e-4
     )
 
 
@@ -107,18 +112,18 @@ def test_complex_singular_values_conjugate(shape):
     weight = sample("complex64", shape=shape)
     expected = np.linalg.svd(exact(weight), compute_uv=False)[0]
     for method in ("lanczos", "gram", "svd"):
-        value = eqxreg.spectral_norm(weight, method=method)
+        value = estimate(method)(weight)
         assert float(value) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("fault", [jnp.nan, jnp.inf])
 def test_faults_in_a_weight_stay_visible_in_every_estimate(fault):
     weight = sample("float32", shape=(4, 3)).at[1, 1].set(fault)
-    assert not jnp.isfinite(gram(weight).value)
+    assert not jnp.isfinite(jit(lambda weight: gram(weight).value)(weight))
     for method in ("lanczos", "svd"):
-        assert not jnp.isfinite(eqxreg.spectral_norm(weight, method=method))
+        assert not jnp.isfinite(estimate(method)(weight))
     for name in ("cap", "cap-products", "orthogonal", "orthogonal-products"):
-        assert not jnp.all(jnp.isfinite(MAPS[name](weight)))
+        assert not jnp.all(jnp.isfinite(mapped(name)(weight)))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -136,7 +141,7 @@ def test_the_cap_lowers_singular_values_and_leaves_the_others(name, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_cap_far_below_the_norm_is_as_exact(way):
     weight = sample("float32", 5.0, shape=(96, 96))
-    result = jax.jit(eqxreg.SpectralCap(1.0, method=way))(weight)
+    result = jit(eqxreg.SpectralCap(1.0, method=way))(weight)
     np.testing.assert_allclose(singular_values(result)[:80], 1.0, rtol=2e-5)
 
 
@@ -197,12 +202,17 @@ MAPS = {
 }
 
 
+@ft.cache
+def mapped(name):
+    return jit(lambda weight: MAPS[name](weight))
+
+
 @pytest.mark.parametrize(
     "name, dtype",
     [*((name, "float32") for name in MAPS), ("cap", "bfloat16"), ("norm", "bfloat16")],
 )
 def test_awkward_weights_have_finite_values_and_gradients(name, dtype):
-    @jax.jit
+    @jit
     def value_and_gradient(weight):
         value, pullback = jax.vjp(MAPS[name], weight)
         return value, pullback(jnp.ones_like(value))[0]
@@ -218,19 +228,22 @@ def test_awkward_weights_have_finite_values_and_gradients(name, dtype):
 @pytest.mark.parametrize("name", list(MAPS))
 def test_derivatives_match_finite_differences(name):
     weight = sample("float64", shape=(6, 4), seed=5)
-    p = jax.jit(lambda weight: MAPS[name](weight))
-    check_grads(p, (weight,), order=1, modes=("fwd", "rev"), eps=1e-5)
+    check_derivatives(MAPS[name], (weight,), eps=1e-5)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["norm", "cap", "orthogonal", "almost"])
 def test_a_wide_weight_is_mapped_as_its_transpose_is(name):
-    p, weight, cotangent = MAPS[name], *sample("float64", shape=(2, 6, 4), seed=5)
-    value, pullback = jax.vjp(p, weight)
-    wide, pullback_of_wide = jax.vjp(p, weight.T)
-    np.testing.assert_allclose(wide, value.T, atol=1e-10)
-    gradient = pullback_of_wide(cotangent.T)[0]
-    np.testing.assert_allclose(gradient, pullback(cotangent)[0].T, atol=1e-6)
+    @jit
+    def value_and_gradient(weight, cotangent):
+        value, pullback = jax.vjp(MAPS[name], weight)
+        return value, pullback(cotangent)[0]
+
+    weight, cotangent = sample("float64", shape=(2, 6, 4), seed=5)
+    tall = value_and_gradient(weight, cotangent)
+    wide = value_and_gradient(weight.T, cotangent.T)
+    np.testing.assert_allclose(wide[0], tall[0].T, atol=1e-10)
+    np.testing.assert_allclose(wide[1], tall[1].T, atol=1e-6)
 
 
 @pytest.mark.usefixtures("x64")
@@ -241,7 +254,7 @@ def test_complex_derivatives_match_finite_differences(name):
         return result.real, result.imag
 
     real, imag = (sample("float64", shape=(4, 3), seed=i) for i in range(2))
-    check_grads(jax.jit(parts), (real, imag), order=1, modes=("fwd", "rev"), eps=1e-5)
+    check_derivatives(parts, (real, imag), eps=1e-5)
 
 
 def test_on_the_set_the_derivative_of_the_polar_factor_is_tangential():
@@ -267,7 +280,7 @@ def test_blocks_are_matrices_of_their_own(name):
     p, fn = BLOCKWISE[name]
     scales = jnp.asarray([0.01, 1.0, 10.0])[:, None, None]
     weight = (sample("float32", shape=(3, 4, 6)) * scales).reshape(12, 6)
-    blocks = np.split(np.asarray(jax.jit(p)(weight)), 3)
+    blocks = np.split(np.asarray(jit(p)(weight)), 3)
     for block, raw in zip(blocks, np.split(np.asarray(weight), 3), strict=True):
         np.testing.assert_allclose(block, function_of(raw, fn), atol=1e-5)
 
@@ -313,9 +326,10 @@ each_chart = pytest.mark.parametrize("p", CHARTS.values(), ids=CHARTS.keys())
 @each_chart
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5), (7, 1)])
 def test_charts_give_orthogonal_weights_and_invert(p, shape):
-    weight = p(sample("float32", 0.4, shape))
+    there, back = jit(lambda raw: p(raw)), jit(lambda weight: p.inverse(weight))
+    weight = there(sample("float32", 0.4, shape))
     np.testing.assert_allclose(singular_values(weight), 1.0, atol=2e-6)
-    np.testing.assert_allclose(p(p.inverse(weight)), weight, atol=1e-3)
+    np.testing.assert_allclose(there(back(weight)), weight, atol=1e-3)
 
 
 @each_chart
@@ -341,7 +355,7 @@ def test_charts_start_from_the_nearest_orthogonal_weight_and_train(p):
     chosen = eqxreg.trainable(wrapped)
     assert len(eqxreg.trainables(wrapped)) == 2  # raw weight and bias; not the base
 
-    @eqx.filter_jit
+    @filter_jit
     def step(model, state):
         params, static = eqx.partition(model, chosen)
         distance = lambda params: jnp.sum(
@@ -399,7 +413,7 @@ def final_weights(optimiser, steps=30, learning_rate_scale=1.0):
     }
     state = optimiser.init(params)
 
-    @jax.jit
+    @jit
     def step(params, state, key):
         keys = jax.random.split(key)
         grads = {
@@ -444,7 +458,7 @@ def test_the_optimiser_keeps_the_vectors_to_start_from():
     [start] = jax.tree.leaves(state.carried)
     assert abs(exact(start)[0] @ vh[0]) == pytest.approx(1.0, abs=1e-4)
     other = sample("float32", shape=(12, 8), seed=7)
-    update = jax.jit(transform.update)
+    update = jit(transform.update)
     for _ in range(5):
         updates, state = update({"weight": other - weight}, state, {"weight": weight})
     _, _, vh = np.linalg.svd(exact(other))
@@ -456,7 +470,7 @@ def test_a_cap_that_is_well_inside_is_seen_without_a_factorisation():
     transform = eqxreg.project(eqxreg.SpectralCap(0.7))
     params = {"weight": jnp.zeros((64, 48))}
     state = transform.init(params)
-    text = jax.jit(transform.update).lower(params, state, params).compile().as_text()
+    text = jit(transform.update).lower(params, state, params).compile().as_text()
     entry = text[text.index("ENTRY") :]
     assert "conditional" in entry
     assert "syevd" not in entry and "syevd" in text
@@ -470,9 +484,10 @@ def test_seeds_under_vmap_are_a_loop():
     params, zero = {"weight": weights}, {"weight": jnp.zeros_like(weights)}
     states = jax.vmap(transform.init)(params)
     for _ in range(2):
-        updates, states = jax.jit(jax.vmap(transform.update))(zero, states, params)
+        updates, states = jit(jax.vmap(transform.update))(zero, states, params)
     result = weights + updates["weight"]
-    expected = jnp.stack([p(weight) for weight in weights])
+    alone = jit(lambda weight: p(weight))
+    expected = jnp.stack([alone(weight) for weight in weights])
     np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
@@ -483,7 +498,7 @@ def test_a_stack_of_layers_is_projected_one_by_one():
     params = eqx.filter(layers, eqx.is_inexact_array)
     transform = eqxreg.project(eqxreg.SpectralNorm(0.5))
     zero = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = jax.jit(transform.update)(zero, transform.init(params), params)
+    updates, _ = jit(transform.update)(zero, transform.init(params), params)
     weights = optax.apply_updates(params, updates).weight
     tops = [singular_values(weight)[0] for weight in weights]
     np.testing.assert_allclose(tops, 0.5, rtol=1e-5)
@@ -500,7 +515,7 @@ def test_warm_starts_of_a_sharded_weight_gather_nothing(spec, axes):
     params = {"weight": jax.device_put(weight, sharding)}
     state = transform.init(params)
     zero = jax.tree.map(jnp.zeros_like, params)
-    compiled = jax.jit(transform.update).lower(zero, state, params).compile()
+    compiled = jit(transform.update).lower(zero, state, params).compile()
     text = compiled.as_text()
     assert "all-to-all" not in text
     # With explicit axes the vectors to start from are kept whole; no weight is.
@@ -508,7 +523,8 @@ def test_warm_starts_of_a_sharded_weight_gather_nothing(spec, axes):
     assert all(math.prod(map(int, dims.split(","))) <= 64 for dims in gathered)
     updates, _ = compiled(zero, state, params)
     result = np.asarray(updates["weight"]) + np.asarray(weight)
-    np.testing.assert_allclose(result, eqxreg.SpectralScale(0.7)(weight), rtol=1e-4)
+    expected = jit(eqxreg.SpectralScale(0.7))(weight)
+    np.testing.assert_allclose(result, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["cap", "orthogonal", "almost", "cayley"])
@@ -517,7 +533,7 @@ def test_maps_of_matrices_keep_the_layout_of_a_sharded_weight(name):
     sharding = NamedSharding(mesh, PartitionSpec("a", "b"))
     weight = sample("float32", 0.1, shape=(64, 32))
     total = lambda weight: jnp.sum(MAPS[name](weight) ** 3)
-    gradient = jax.jit(jax.grad(total))(jax.device_put(weight, sharding))
+    gradient = jit(jax.grad(total))(jax.device_put(weight, sharding))
     assert gradient.sharding.spec == sharding.spec
-    expected = jax.jit(jax.grad(total))(weight)
+    expected = jit(jax.grad(total))(weight)
     np.testing.assert_allclose(np.asarray(gradient), expected, atol=1e-5)

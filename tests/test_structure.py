@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
+from quick import check_derivatives, filter_jit, jit
 from tables import DTYPES, SHORT, exact, sample, scales
 
 
@@ -331,9 +331,7 @@ def test_no_nan_arises_where_the_nearest_point_overflows():
 )
 def test_derivatives_match_finite_differences(case):
     p, weight = case.map, case.sample(seed=5)
-    check_grads(
-        jax.jit(lambda w: p(w)), (weight,), order=1, modes=("fwd", "rev"), eps=1e-5
-    )
+    check_derivatives(p, (weight,), eps=1e-5)
 
 
 @pytest.mark.usefixtures("x64")
@@ -344,15 +342,14 @@ def test_complex_derivatives_match_finite_differences(name):
         return result.real, result.imag
 
     real, imag = (sample("float64", shape=SHAPE, seed=i) for i in range(2))
-    check_grads(jax.jit(parts), (real, imag), order=1, modes=("fwd", "rev"), eps=1e-5)
+    check_derivatives(parts, (real, imag), eps=1e-5)
 
 
 @pytest.mark.usefixtures("x64")
 @each_decomposed
 def test_the_gradient_of_the_distance_matches_finite_differences(p):
-    distance = jax.jit(lambda w: p.distance(w))
     weight = sample("float64", shape=SHAPE, seed=6)
-    check_grads(distance, (weight,), order=1, modes=("fwd", "rev"), eps=1e-5)
+    check_derivatives(p.distance, (weight,), eps=1e-5)
 
 
 @each_decomposed
@@ -466,12 +463,13 @@ def value_and_gradient(p):
 @each_decomposed
 def test_vmap_is_a_loop(p):
     both = value_and_gradient(p)
+    one = jit(both)
     stack = jnp.stack([sample("float32", shape=SHAPE, seed=i) for i in range(2)])
     # Of sizes so different that a common scale would lose the first.
     stack = stack * jnp.asarray([1.0, 2.0**60])[:, None, None]
-    values, gradients = jax.jit(jax.vmap(both))(stack)
+    values, gradients = jit(jax.vmap(both))(stack)
     for i, size in enumerate((1.0, 2.0**60)):
-        value, gradient = jax.jit(both)(stack[i])
+        value, gradient = one(stack[i])
         np.testing.assert_allclose(values[i] / size, value / size, atol=1e-5)
         np.testing.assert_allclose(
             gradients[i] / size**2, gradient / size**2, atol=1e-3
@@ -480,7 +478,7 @@ def test_vmap_is_a_loop(p):
 
 @each_decomposed
 def test_no_nans_arise_and_no_tracer_leaks(p):
-    both = jax.jit(value_and_gradient(p))
+    both = jit(value_and_gradient(p))
     with jax.debug_nans(True), jax.checking_leaks():
         for weight in (sample("float32", shape=SHAPE), jnp.zeros(SHAPE)):
             both(weight)
@@ -568,7 +566,7 @@ def test_a_mask_acts_on_each_layer_of_a_stack(key):
     ids=lambda p: type(p).__name__,
 )
 def test_layers_and_models_take_every_map(p, key):
-    @eqx.filter_jit
+    @filter_jit
     def used(layer, x):
         wrapped = eqxreg.Constraint(layer, "weight", p)
         return wrapped(x), eqxreg.project_params(layer, p), p(layer.weight)

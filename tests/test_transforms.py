@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from eqxreg._maps import WeightNorm
 from jax.sharding import NamedSharding, PartitionSpec
+from quick import jit
 from tables import each_kind, sample
 
 
@@ -30,10 +31,11 @@ def test_vmap_is_a_loop(name):
     if name in ("positive-exp", "cayley"):
         stack = jnp.clip(stack, -9, 9)
     # The second weight takes the careful way; the first must not notice.
-    looped = jnp.stack([jax.jit(lambda w: p(w))(weight) for weight in stack])
+    one = jit(lambda weight: p(weight))
+    looped = jnp.stack([one(weight) for weight in stack])
     close = ft.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
-    close(jax.jit(jax.vmap(p))(stack), looped)
-    last = jax.jit(jax.vmap(p, in_axes=-1, out_axes=-1))
+    close(jit(jax.vmap(p))(stack), looped)
+    last = jit(jax.vmap(p, in_axes=-1, out_axes=-1))
     close(last(jnp.moveaxis(stack, 0, -1)), jnp.moveaxis(looped, 0, -1))
 
 
@@ -41,7 +43,8 @@ def test_vmap_is_a_loop(name):
 def test_transformations_of_the_gradient_agree(name):
     p, stack = MAPS[name], jnp.stack([sample("float32", seed=i) for i in range(2)])
     gradient = jax.grad(total(p))
-    looped = jnp.stack([jax.jit(gradient)(weight) for weight in stack])
+    one = jit(gradient)
+    looped = jnp.stack([one(weight) for weight in stack])
 
     def body(carry, weight):
         return carry, jax.grad(jax.checkpoint(total(p)))(weight)
@@ -50,9 +53,9 @@ def test_transformations_of_the_gradient_agree(name):
         return jnp.sum(jax.vmap(total(p))(stack))
 
     close = ft.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6)
-    close(jax.jit(jax.vmap(gradient))(stack), looped)
-    close(jax.jit(jax.grad(summed))(stack), looped)
-    scanned = jax.jit(lambda stack: jax.lax.scan(body, None, stack)[1])
+    close(jit(jax.vmap(gradient))(stack), looped)
+    close(jit(jax.grad(summed))(stack), looped)
+    scanned = jit(lambda stack: jax.lax.scan(body, None, stack)[1])
     close(scanned(stack), looped)
 
 
@@ -60,7 +63,7 @@ def test_transformations_of_the_gradient_agree(name):
 def test_no_nans_arise_and_no_tracer_leaks(name):
     p, weight = MAPS[name], sample("float32").at[0].set(0.0)
     with jax.debug_nans(True), jax.checking_leaks():
-        jax.jit(jax.value_and_grad(total(p)))(weight)
+        jit(jax.value_and_grad(total(p)))(weight)
 
 
 @pytest.mark.usefixtures("x64")
@@ -82,7 +85,7 @@ def test_the_gradient_exports_to_every_platform(name):
 def test_vmap_does_not_pay_for_the_careful_norm():
     p = eqxreg.MaxNorm(1.0, axis="unit")
     stack = jax.ShapeDtypeStruct((3, 6, 5), jnp.float32)
-    text = jax.jit(jax.vmap(p)).lower(stack).compile().as_text()
+    text = jit(jax.vmap(p)).lower(stack).compile().as_text()
     assert "conditional" in text
 
 
@@ -124,7 +127,7 @@ def test_a_sharded_weight_is_never_gathered(name, dtype, spec):
     weight = sample(dtype, shape=(16, 32))
     sharded = jax.device_put(weight, sharding)
     gradient = jax.grad(total(NORMS[name]))
-    compiled = jax.jit(gradient, out_shardings=sharding).lower(sharded).compile()
+    compiled = jit(gradient, out_shardings=sharding).lower(sharded).compile()
     text = compiled.as_text()
     assert not re.search(r"all-gather|all-to-all|collective-permute", text)
     # Norms, or one flag; for singular values vectors and their inner products. All in
@@ -134,7 +137,7 @@ def test_a_sharded_weight_is_never_gathered(name, dtype, spec):
     assert not re.search(r"bf16\[[^=]* all-reduce", text)
     np.testing.assert_allclose(
         compiled(sharded).astype("float32"),
-        jax.jit(gradient)(weight).astype("float32"),
+        jit(gradient)(weight).astype("float32"),
         rtol=rtol,
         atol=rtol / 10,
     )
@@ -144,5 +147,5 @@ def test_counting_of_all_reduces_sees_them():
     mesh = jax.make_mesh((8,), ("a",))
     sharding = NamedSharding(mesh, PartitionSpec("a"))
     weight = jax.device_put(sample("float32", shape=(16, 32)), sharding)
-    text = jax.jit(lambda w: jnp.sum(w, axis=0)).lower(weight).compile().as_text()
+    text = jit(lambda w: jnp.sum(w, axis=0)).lower(weight).compile().as_text()
     assert reduced_sizes(text) == [32]
