@@ -11,7 +11,8 @@ from jaxtyping import PyTree
 
 from ._bits import FrozenArray, has_frozen, is_frozen, thawed
 from ._model import map_children, wrapping_depth
-from ._select import Site, chosen_leaves, require_selection, sites, trainable
+from ._select import chosen_leaves, require_selection, trainable
+from ._sites import Site, sites
 from ._wrapper import Wrapper, evaluate
 
 
@@ -62,9 +63,11 @@ class Frozen(Wrapper):
 
         - `ValueError`: if nothing is selected.
         """
-        if not has_frozen(layer):
-            require_selection(where, layer, "where")
-        layer = _with_frozen(layer, _trainable_leaves(where, layer))
+        if has_frozen(layer):
+            chosen = chosen_leaves(where, layer)
+        else:
+            chosen = require_selection(where, layer, "where")
+        layer = _with_frozen(layer, _trainable_ones(chosen, layer))
         self.layer = layer
         self.weight_name = tuple(
             dataclasses.replace(site, entries=site.entries[:-1]).dotted(0)
@@ -117,8 +120,7 @@ def freeze(model: PyTree, where: Any) -> PyTree:
 
         ```
     """
-    require_selection(where, model, "where")
-    chosen = _trainable_leaves(where, model)
+    chosen = _trainable_ones(require_selection(where, model, "where"), model)
     found = [s for s, c in zip(sites(model), chosen, strict=True) if c]
     # An array within a frozen layer needs no other wrapper.
     depths = {site.entries[: wrapping_depth(site)] for site in _outside(found)}
@@ -157,9 +159,9 @@ def _nothing(tree: PyTree) -> PyTree[bool]:
     return jax.tree.map(lambda _: False, tree)
 
 
-def _trainable_leaves(where: Any, tree: PyTree) -> list[bool]:
-    both = zip(chosen_leaves(where, tree), chosen_leaves(trainable, tree), strict=True)
-    return [chosen and possible for chosen, possible in both]
+def _trainable_ones(chosen: list[bool], tree: PyTree) -> list[bool]:
+    both = zip(chosen, chosen_leaves(trainable, tree), strict=True)
+    return [is_chosen and possible for is_chosen, possible in both]
 
 
 def _with_frozen(tree: PyTree, chosen: list[bool]) -> PyTree:

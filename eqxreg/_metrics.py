@@ -7,7 +7,7 @@ projection that is given.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -16,16 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Inexact, PyTree
 
-from ._layers import is_wrapper
 from ._maps import Chain, Projection
 from ._maps._base import check_projection
 from ._maps._matrix import over_blocks
 from ._model import bake_with
 from ._norms import frobenius_norm, per_layer, widen
 from ._operator_norm import spectral_norm
-from ._paths import names_of, parse
-from ._select import Site, require_selection, sites, weights
-from ._wrappers import Constraint
+from ._select import require_selection, weights
+from ._sites import Site, sites
+from ._wrappers import Constraint, on_stack
 
 
 def metrics(
@@ -140,7 +139,7 @@ def subjects_of(
 
 def _subject(site: Site, projection: Projection | None) -> Subject:
     ranks, maps = [site.rank], []
-    for wrapper, i in _wrappers_around(site):
+    for _, wrapper, i in site.wrappers:
         if isinstance(wrapper, Constraint):
             # It knows stacks of the user's own modules too.
             known = wrapper._ranks[i]
@@ -150,17 +149,6 @@ def _subject(site: Site, projection: Projection | None) -> Subject:
             maps.append(wrapper)
     given = [] if maps or projection is None else [projection]
     return Subject(site, min(ranks), (*maps, *given), is_wrapped=bool(maps))
-
-
-def _wrappers_around(site: Site) -> Iterator[tuple[Any, int]]:
-    """The wrappers that make this weight, innermost first, each with the index of the
-    weight among those that the wrapper makes."""
-    for depth, node in reversed(site.ancestors):
-        if is_wrapper(node):
-            names = [parse(name) for name in names_of(node.weight_name)]
-            name = parse(site.dotted(depth))
-            if name in names:
-                yield node, names.index(name)
 
 
 def metrics_of(
@@ -206,21 +194,8 @@ def _numbers(
         return {**found, "distance": distance, "active": each(target._active, weight)}
     raw = jnp.asarray(subject.site.leaf)
     distance = each(lambda a, b: frobenius_norm(widen(a) - widen(b)), raw, weight)
-    active = _active(target, raw, subject.rank)
+    active = on_stack(lambda p, raw: p._active(raw), target, subject.rank, raw)
     return {**found, "distance": distance, "active": active}
-
-
-def _active(p: Projection, raw: Inexact[Array, "..."], rank: int) -> Array:
-    """The share of active units of each raw weight in a stack, under a map whose own
-    arrays were stacked when it was bound to the stack."""
-    if raw.ndim == rank:
-        return p._active(raw)
-
-    def stacked(leaf: Any) -> int | None:
-        return 0 if eqx.is_array(leaf) and leaf.ndim > 0 else None
-
-    axes = (jax.tree.map(stacked, p), 0)
-    return jax.vmap(lambda p, raw: _active(p, raw, rank), in_axes=axes)(p, raw)
 
 
 def _singular_values(

@@ -13,8 +13,9 @@ from ._layers import is_tied, is_wrapper
 from ._maps import Parametrization, Projection
 from ._maps._base import check_projection
 from ._norms import per_layer
-from ._paths import names_of, unwrapped
-from ._select import Site, check_sites, require_selection, sites, weights
+from ._paths import unwrapped
+from ._select import check_sites, require_selection, require_sites, weights
+from ._sites import Site, sites
 from ._wrapper import evaluate, needs_state
 from ._wrappers import Constraint
 
@@ -92,9 +93,9 @@ def constrain(
 def wrapping_depth(site: Site) -> int:
     """The depth of the node to wrap: the outermost wrapper that has to do with this
     array; if there is none, the innermost layer that can be called."""
-    for depth, node in site.ancestors:
-        if is_wrapper(node) and site.dotted(depth) in names_of(node.weight_name):
-            return depth
+    if site.wrappers:
+        *_, (depth, _, _) = site.wrappers
+        return depth
     # A map can be called too, but it is its wrapper that calls it.
     callables = [
         depth
@@ -224,12 +225,9 @@ def project_params(
     - `ValueError`: if nothing is selected.
     """
     check_projection(projection)
-    chosen = require_selection(where, model, "where")
-    found = zip(sites(model), chosen, strict=True)
-    check_sites(projection.check, (site for site, is_chosen in found if is_chosen))
+    found = require_sites(where, model, "where")
+    check_sites(projection.check, (site for _, site in found))
     leaves, structure = jax.tree.flatten(model)
-    leaves = [
-        per_layer(projection, leaf, site.rank) if is_chosen else leaf
-        for leaf, site, is_chosen in zip(leaves, sites(model), chosen, strict=True)
-    ]
+    for i, site in found:
+        leaves[i] = per_layer(projection, site.leaf, site.rank)
     return structure.unflatten(leaves)

@@ -29,8 +29,9 @@ from ._norms import (
     widen,
 )
 from ._rates import check_rate
-from ._select import chosen_leaves, sites, trainable, weights
+from ._select import chosen_leaves, trainable, weights
 from ._singular import adjoint, matmul
+from ._sites import sites
 
 
 Orthogonality = Literal["soft", "keras"]

@@ -132,7 +132,8 @@ class Constraint(Wrapper):
         if is_tied(raw):
             # `eqx.nn.Shared` will put the other array here.
             return raw, state
-        return _apply(self.parametrizations[i], self._ranks[i], raw), state
+        p, weight_rank = self.parametrizations[i], self._ranks[i]
+        return on_stack(lambda p, raw: p(raw), p, weight_rank, raw), state
 
 
 def _rewrite(
@@ -150,17 +151,19 @@ def _rewrite(
     return replace(node, step, new), state
 
 
-def _apply(p: Parametrization, weight_rank: int | None, raw: Any) -> Any:
-    """`p` of a raw weight of this rank, or of each in a stack of them."""
+def on_stack(
+    fn: Callable, p: Parametrization, weight_rank: int | None, raw: Any
+) -> Any:
+    """`fn(p, raw)` for a raw weight of this rank, or of each in a stack of them."""
     if weight_rank is None or raw.ndim <= weight_rank:
-        return p(raw)
+        return fn(p, raw)
 
     # A map's own arrays were stacked when it was bound to a stack.
     def stacked(leaf: Any) -> int | None:
         return 0 if eqx.is_array(leaf) and leaf.ndim > 0 else None
 
     def inner(p: Parametrization, raw: Array) -> Array:
-        return _apply(p, weight_rank, raw)
+        return on_stack(fn, p, weight_rank, raw)
 
     return jax.vmap(inner, in_axes=(jax.tree.map(stacked, p), 0))(p, raw)
 

@@ -165,3 +165,16 @@ def test_an_average_of_weights_is_brought_back_to_a_sphere(mlp):
     mean = jax.tree.map(lambda x, y: 0.7 * x + 0.3 * y, a, b)
     assert not p.contains(mean.weight)
     assert p.contains(eqxreg.project_params(mean, p).weight)
+
+
+@pytest.mark.parametrize("name", ["layers.0.weight", "layers[0].weight"])
+def test_a_wrapper_is_found_however_its_name_is_written(name, key):
+    mlp = eqx.nn.MLP(4, 2, 8, depth=1, key=key)
+    wrapped = eqxreg.UnitNormConstraint(mlp, name, axis="unit")
+    first = eqxreg.select(where=lambda path, layer, array: "layers[0]" in path)
+    # The newest promise is the outermost.
+    outer = eqxreg.constrain(wrapped, eqxreg.MaxNorm(0.5), where=first)
+    assert jnp.linalg.norm(eqxreg.bake(outer).layers[0].weight) <= 0.5
+    [weight] = eqxreg.trainables(wrapped, eqxreg.scale_invariant)
+    assert weight is mlp.layers[0].weight
+    assert type(eqxreg.freeze(wrapped, first)) is eqxreg.Frozen

@@ -16,8 +16,9 @@ from jaxtyping import Array, Int, PyTree
 
 from .._norms import widen
 from .._rates import check_rate, product, rate_at
-from .._select import require_selection, trainable
-from ._params import check_params, chosen_params, following
+from .._select import require_selection, require_sites, trainable
+from .._sites import Site
+from ._params import check_params, following
 
 
 class DecayState(NamedTuple):
@@ -334,8 +335,8 @@ def _decay(
     def init(params):
         kept = ()
         if references is not None:
-            found = chosen_params(where, params)
-            kept = tuple(_reference(references, site, p) for _, p, site in found)
+            found = require_sites(where, params, "mask")
+            kept = tuple(_reference(references, site) for _, site in found)
         return DecayState(jnp.zeros((), jnp.int32), inner.init(params), kept)
 
     def update(updates, state, params=None):
@@ -350,8 +351,8 @@ def _decay(
         if references is not None:
             leaves, structure = jax.tree.flatten(params)
             kept = iter(state.references)
-            for i, param, _ in chosen_params(where, params):
-                leaves[i] = widen(param) - widen(next(kept))
+            for i, site in require_sites(where, params, "mask"):
+                leaves[i] = widen(site.leaf) - widen(next(kept))
             from_reference = structure.unflatten(leaves)
         decay = jax.tree.map(decayed, from_reference, updates)
         updates, inner_state = inner.update(updates, state.inner, decay)
@@ -360,8 +361,8 @@ def _decay(
     return optax.GradientTransformation(init, update)
 
 
-def _reference(references: dict[Any, Array], site: Any, param: Array) -> Array:
-    reference = references.get(site.entries)
+def _reference(references: dict[Any, Array], site: Site) -> Array:
+    reference, param = references.get(site.entries), site.leaf
     if reference is None or reference.shape != param.shape:
         there = "none" if reference is None else f"one of shape {reference.shape}"
         raise ValueError(

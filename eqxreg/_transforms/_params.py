@@ -1,16 +1,13 @@
-"""What all transforms do with the parameters: ask for them, choose among them, and say
-as an update where they are to arrive."""
+"""What all transforms do with the parameters: ask for them, and say as an update where
+they are to arrive."""
 
-from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Inexact, Int, PyTree
+from jaxtyping import Array, Inexact, Int
 
 from .._norms import widen
-from .._select import Site, require_selection, sites
 
 
 def check_params(params: Any, name: str) -> None:
@@ -21,14 +18,6 @@ def check_params(params: Any, name: str) -> None:
             "`optimiser.update(grads, state, params)`, with "
             "`params=eqx.filter(model, eqx.is_inexact_array)`."
         )
-
-
-def chosen_params(mask: Any, params: PyTree) -> Iterator[tuple[int, Array, Site]]:
-    """The arrays that `mask` selects: the number of each among the leaves, the array,
-    and where it is. An error if there are none."""
-    chosen = require_selection(mask, params, "mask")
-    found = zip(jax.tree.leaves(params), sites(params), chosen, strict=True)
-    return ((i, p, site) for i, (p, site, c) in enumerate(found) if c)
 
 
 def moved(

@@ -13,8 +13,9 @@ from jaxtyping import Array, Int, PyTree
 from .._maps import Projection
 from .._maps._base import check_projection
 from .._norms import anywhere, per_layer, widen
-from .._select import Site, check_sites, weights
-from ._params import change, check_params, chosen_params, following, moved
+from .._select import check_sites, require_sites, weights
+from .._sites import Site
+from ._params import change, check_params, following, moved
 
 
 Momentum = Literal["keep", "tangent"]
@@ -123,41 +124,40 @@ def project(
         first = jnp.zeros((), jnp.int32)
         p = projection.at(first)
 
-        def carried(param: Array, site: Site) -> Carried:
-            start = eqx.filter_jit(per_layer)(p._start, param, site.rank)
+        def carried(site: Site) -> Carried:
+            start = eqx.filter_jit(per_layer)(p._start, site.leaf, site.rank)
             none = momentum == "keep"
-            return Carried(start, None if none else jnp.zeros_like(widen(param)))
+            return Carried(start, None if none else jnp.zeros_like(widen(site.leaf)))
 
-        found = list(chosen_params(mask, params))
-        check_sites(p.check, (site for *_, site in found))
-        kept = tuple(carried(param, site) for _, param, site in found)
-        return ProjectState(first, kept)
+        found = [site for _, site in require_sites(mask, params, "mask")]
+        check_sites(p.check, found)
+        return ProjectState(first, tuple(map(carried, found)))
 
     def update(updates, state, params=None):
         check_params(params, "project")
         step = following(state.step)
         p = projection.at(step)
         leaves, structure = jax.tree.flatten(updates)
-        found = list(chosen_params(mask, params))
-        steps = [leaves[i] for i, *_ in found]
+        found = require_sites(mask, params, "mask")
+        steps = [leaves[i] for i, _ in found]
         carried = list(state.carried)
         if momentum == "tangent":
             pairs = zip(steps, carried, strict=True)
             steps = [widen(u) - c.reaction.astype(widen(u).dtype) for u, c in pairs]
 
-        def project_one(param, site, step, carried):
+        def project_one(site, step, carried):
             """The update, and what is carried on from it."""
-            target = moved(param, step)
+            target = moved(site.leaf, step)
             new, start = per_layer(p._step, target, site.rank, carried.start)
             reaction = carried.reaction
             if reaction is not None:
                 reaction = reaction + (widen(target) - widen(new))
-            return change(param, new, step.dtype), Carried(start, reaction)
+            return change(site.leaf, new, step.dtype), Carried(start, reaction)
 
         def project_all(steps, carried):
             pairs = [
-                project_one(param, site, *given)
-                for (_, param, site), *given in zip(found, steps, carried, strict=True)
+                project_one(site, *given)
+                for (_, site), *given in zip(found, steps, carried, strict=True)
             ]
             return [u for u, _ in pairs], [c for _, c in pairs]
 
@@ -173,7 +173,7 @@ def project(
             )
         else:
             steps, carried = project_all(steps, carried)
-        for (i, *_), new in zip(found, steps, strict=True):
+        for (i, _), new in zip(found, steps, strict=True):
             leaves[i] = new.astype(leaves[i].dtype)
         if momentum == "tangent":
             carried = [Carried(c.start, b1 * c.reaction) for c in carried]

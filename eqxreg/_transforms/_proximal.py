@@ -26,8 +26,8 @@ from .._norms import (
     widen,
 )
 from .._rates import check_rate, product, rate_at
-from .._select import trainable, weights
-from ._params import change, check_params, chosen_params, following, moved
+from .._select import require_sites, trainable, weights
+from ._params import change, check_params, following, moved
 
 
 class ProximalState(NamedTuple):
@@ -231,7 +231,7 @@ def _proximal(
 
     def init(params):
         # Raises if nothing is selected.
-        chosen_params(where, params)
+        require_sites(where, params, "mask")
         return ProximalState(jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None):
@@ -243,9 +243,9 @@ def _proximal(
             return fn(weight, *now)
 
         leaves, structure = jax.tree.flatten(updates)
-        for i, param, site in chosen_params(where, params):
-            new = per_layer(arrived, widen(moved(param, leaves[i])), site.rank)
-            leaves[i] = change(param, new, leaves[i].dtype)
+        for i, site in require_sites(where, params, "mask"):
+            new = per_layer(arrived, widen(moved(site.leaf, leaves[i])), site.rank)
+            leaves[i] = change(site.leaf, new, leaves[i].dtype)
         return structure.unflatten(leaves), ProximalState(following(state.step))
 
     return optax.GradientTransformation(init, update)
