@@ -1,6 +1,8 @@
 """Projection after the update: momentum, averages, and bounds that are relative to the
 initial weights."""
 
+import functools as ft
+
 import equinox as eqx
 import eqxreg
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import filter_jit, jit
 from tables import exact, sample
 
 
@@ -41,7 +44,7 @@ def trajectory(optimiser, gradient, w, steps):
     params = {"weight": jnp.asarray(w)}
     state, seen = optimiser.init(params), []
 
-    @jax.jit
+    @jit
     def step(params, state):
         grads = {"weight": gradient(params["weight"])}
         updates, state = optimiser.update(grads, state, params)
@@ -85,7 +88,7 @@ def test_tangent_momentum_leaves_the_boundary_when_the_gradient_turns():
         )
         params = {"weight": jnp.asarray([0.9, 0.0])}
         state, seen = chain.init(params), []
-        update = jax.jit(chain.update)
+        update = jit(chain.update)
         for step in range(60):
             push = -1.0 if step < 30 else 1.0
             grads = {"weight": jnp.asarray([push, 0.0])}
@@ -122,16 +125,18 @@ def test_inside_the_set_tangent_momentum_changes_no_bit(key):
 # Averages
 
 
+@ft.cache
 def points_of_a_run(p, steps=12):
     weight = sample("float32", 0.5, shape=(8, 6))
     optimiser = optax.chain(optax.sgd(0.5), eqxreg.project(p))
-    params = {"weight": weight}
-    state = optimiser.init(params)
+    params, points = {"weight": weight}, []
+    state, update = optimiser.init(params), jit(optimiser.update)
     for step in range(steps):
         grads = {"weight": sample("float32", shape=(8, 6), seed=step)}
-        updates, state = optimiser.update(grads, state, params)
+        updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        yield params
+        points.append(params)
+    return tuple(points)
 
 
 def ema(points):
@@ -162,7 +167,7 @@ def swa(points):
     ids=lambda p: type(p).__name__,
 )
 def test_an_average_is_kept_in_the_set(p, is_convex, average):
-    averaged = average(list(points_of_a_run(p)))
+    averaged = average(points_of_a_run(p))
     # Points of a convex set have their averages in it; of a sphere, inside the sphere.
     assert bool(p.contains(averaged["weight"], tol=1e-5)) == is_convex
     kept = eqxreg.project_params(averaged, p)
@@ -199,10 +204,11 @@ def test_relative_bounds_are_those_times_the_initial_norms(name, dtype, rtol):
     weight = sample(dtype)
     bound, raw = eqxreg.Relative(p).bind(weight)
     assert raw is weight
+    compiled = jax.jit(lambda weight: bound(weight))
     # The first weight is at one, and stays as it is.
-    assert jnp.array_equal(jax.jit(lambda w: bound(w))(weight), weight)
+    assert jnp.array_equal(compiled(weight), weight)
     for factor in (0.1, 3.0):
-        actual = jax.jit(lambda w: bound(w))((weight * factor).astype(dtype))
+        actual = compiled((weight * factor).astype(dtype))
         ratio = sizes_of(p, actual) / sizes_of(p, weight)
         expected = np.clip(factor, low, high)
         np.testing.assert_allclose(ratio, expected, rtol=rtol)
@@ -218,10 +224,10 @@ def test_norm_fixed_training_keeps_every_initial_norm(axis, key):
         optimiser = optax.chain(inner, eqxreg.project(p))
         params = params_of(mlp)
         state = optimiser.init(params)
-        update = jax.jit(optimiser.update)
+        update = jit(optimiser.update)
         for step in range(4):
             grads = jax.tree.map(
-                lambda w: jax.random.normal(jax.random.key(step), w.shape),  # noqa: B023
+                lambda w: sample("float32", shape=w.shape, seed=step),  # noqa: B023
                 params,
             )
             updates, state = update(grads, state, params)
@@ -267,7 +273,7 @@ def test_a_relative_bound_may_follow_a_schedule():
     projection = eqxreg.project(p)
     params = {"weight": jnp.asarray([0.6, 0.8])}
     state = projection.init(params)
-    update = jax.jit(projection.update)
+    update = jit(projection.update)
     for expected in (1.5, 1.0, 1.0):
         large = jax.tree.map(lambda w: 10 * w, params)
         updates, state = update(large, state, params)
@@ -288,11 +294,11 @@ def test_a_relative_bound_in_a_wrapper_is_not_trained(key):
         wrapped = eqxreg.constrain({"layer": layer}, p)["layer"]
         assert jnp.array_equal(eqxreg.bake(wrapped).weight, layer.weight)
         large = eqx.tree_at(lambda t: t.layer.weight, wrapped, 9 * layer.weight)
-        np.testing.assert_allclose(
-            eqxreg.bake(large).weight, 1.5 * layer.weight, rtol=1e-5
-        )
+        baked = filter_jit(eqxreg.bake)(large)
+        np.testing.assert_allclose(baked.weight, 1.5 * layer.weight, rtol=1e-5)
         assert len(eqxreg.trainables(wrapped)) == 2
-        grads = eqx.filter_grad(lambda w: jnp.sum(eqxreg.bake(w).weight ** 3))(large)
+        gradient = eqx.filter_grad(lambda w: jnp.sum(eqxreg.bake(w).weight ** 3))
+        grads = filter_jit(gradient)(large)
         [sizes] = jax.tree.leaves(grads.parametrizations)
         assert jnp.all(sizes == 0)
 
@@ -323,8 +329,8 @@ def test_a_unit_that_is_zero_at_first_stays_zero():
         bound, _ = eqxreg.Relative(p).bind(weight)
         moved = weight.at[1].add(1.0)
         assert jnp.array_equal(bound(moved), weight)
-        grad = jax.grad(lambda w: jnp.sum(bound(w) ** 3))(moved)  # noqa: B023
-        assert jnp.all(jnp.isfinite(grad))
+        gradient = jit(jax.grad(lambda w: jnp.sum(bound(w) ** 3)))  # noqa: B023
+        assert jnp.all(jnp.isfinite(gradient(moved)))
 
 
 def test_a_weight_that_is_zero_at_first_has_no_norm_to_be_relative_to():
