@@ -1,12 +1,22 @@
 """Eight virtual devices, strict promotion everywhere, and 64-bit mode on request."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 
 # Before JAX and NumPy are imported, by anything.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # Each process decomposes small matrices, and threads that wait for work would spin.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Most of the time goes into compiling. What one file, worker or child process has
+# compiled, the others read; after the run it is gone.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.mkdtemp(prefix="eqxreg-tests-")
+    atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
@@ -40,6 +50,15 @@ def x64():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For tests of programs and to tolerances, and what they do one by one; see
+    `quick.py`."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True, scope="module")
