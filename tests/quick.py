@@ -20,7 +20,7 @@ jit = ft.partial(jax.jit, compiler_options=_OPTIONS)
 filter_jit = ft.partial(eqx.filter_jit, compiler_options=_OPTIONS)
 
 
-def check_derivatives(function, arguments, eps):
+def check_derivatives(function, arguments, eps=1e-4):
     """`jax.test_util.check_grads` of the first order, with a program for each mode.
 
     JAX differentiates no function that has compiler options.

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import filter_jit, jit
 from tables import exact
 
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compilation")
 
 X = jnp.linspace(-1.0, 1.0, 4)
 RATE = 0.1
@@ -162,7 +163,7 @@ def advance(optimiser, params, state, grads):
 
 def run(optimiser, params=START, scales=(1.0,) * STEPS):
     state = optimiser.init(params)
-    step = jax.jit(
+    step = jit(
         lambda params, state, scale: advance(
             optimiser, params, state, grads_of(params, scale)
         )
@@ -226,7 +227,7 @@ def lookahead(case):
     optimiser = optax.lookahead(case.chain(sgd()), sync_period=4, slow_step_size=0.5)
     params = optax.LookaheadParams.init_synced(START)
     state = optimiser.init(params)
-    step = jax.jit(
+    step = jit(
         lambda params, state: advance(optimiser, params, state, grads_of(params.fast))
     )
     for _ in range(STEPS):
@@ -249,7 +250,7 @@ def scanned(case):
         return advance(optimiser, *carry, grads_of(carry[0])), None
 
     carry = START, optimiser.init(START)
-    return jax.jit(lambda carry: jax.lax.scan(body, carry, length=STEPS)[0][0])(carry)
+    return jit(lambda carry: jax.lax.scan(body, carry, length=STEPS)[0][0])(carry)
 
 
 def over_seeds(case):
@@ -262,7 +263,7 @@ def over_seeds(case):
         return params
 
     stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf * 0.99]), START)
-    trained = jax.jit(jax.vmap(train))(stack)
+    trained = jit(jax.vmap(train))(stack)
     return jax.tree.map(lambda leaf: leaf[0], trained)
 
 
@@ -271,7 +272,7 @@ def donated(case):
     params = jax.tree.map(jnp.copy, START)
     state = optimiser.init(params)
 
-    @eqx.filter_jit(donate="all")
+    @filter_jit(donate="all")
     def step(params, state):
         return advance(optimiser, params, state, grads_of(params))
 

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.test_util import check_grads
+from quick import check_derivatives, filter_jit, jit
 from tables import exact, sample
 
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 X = jnp.linspace(-1.0, 1.0, 4)
 
@@ -34,7 +36,7 @@ def train(model, optimiser, loss, steps=5):
     state = optimiser.init(params_of(model))
     history = []
 
-    @eqx.filter_jit
+    @filter_jit
     def step(model, state):
         grads = eqx.filter_grad(loss)(model)
         updates, state = optimiser.update(grads, state, params_of(model))
@@ -110,7 +112,7 @@ def test_decay_promotes_nothing(rate, dtype):
     expected = {eqxreg.weight_decay: [1, -2], eqxreg.sign_decay: [0.5, -0.5]}
     for build, update in expected.items():
         transform = build(rate)
-        actual, _ = jax.jit(transform.update)(zeros, transform.init(params), params)
+        actual, _ = jit(transform.update)(zeros, transform.init(params), params)
         assert actual["weight"].dtype == dtype
         assert jnp.array_equal(actual["weight"], jnp.asarray(update, dtype))
 
@@ -145,7 +147,7 @@ def test_hyperparameters_are_injected():
     state = decay.init(params)
     state.hyperparams["rate"] = jnp.asarray(0.25)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = jax.jit(decay.update)(zeros, state, params)
+    updates, _ = jit(decay.update)(zeros, state, params)
     assert updates["weight"] == 0.5 and updates["bias"] == 0
 
 
@@ -212,7 +214,7 @@ def test_projection_in_half_precision_keeps_dtype_and_nearly_the_bound(dtype, rt
     params = {"weight": weight}
     projection = eqxreg.project(eqxreg.MaxNorm(1.0, axis="unit"))
     small = {"weight": jnp.full_like(weight, 1e-3)}
-    updates, _ = jax.jit(projection.update)(small, projection.init(params), params)
+    updates, _ = jit(projection.update)(small, projection.init(params), params)
     new = optax.apply_updates(params, updates)
     assert updates["weight"].dtype == new["weight"].dtype == dtype
     assert norms_of(new).max() <= 1.0 + rtol
@@ -239,7 +241,7 @@ def test_seeds_under_vmap(key):
         (params, _), _ = jax.lax.scan(step, carry, length=4)
         return params
 
-    params = jax.jit(jax.vmap(run))(jax.random.split(key, 3))
+    params = jit(jax.vmap(run))(jax.random.split(key, 3))
     assert params.layers[0].weight.shape == (3, 8, 4)
     assert norms_of(params).max() <= 0.3
 
@@ -256,7 +258,7 @@ def test_seeds_under_vmap_skip_projections_together():
     assert not any(eqn.primitive.name == "while" for eqn in eqns)
     # Seeds may be at different steps; each is projected when it is due.
     state = state._replace(step=jnp.asarray([1, 2]))
-    updates, state = jax.jit(update)(params, state, params)
+    updates, state = jit(update)(params, state, params)
     assert jnp.array_equal(updates["weight"][0], params["weight"][0])
     assert not jnp.array_equal(updates["weight"][1], params["weight"][1])
     assert jnp.array_equal(state.step, jnp.asarray([2, 3]))
@@ -267,7 +269,7 @@ def test_a_bound_may_follow_a_schedule():
     projection = eqxreg.project(eqxreg.MaxNorm(bound))
     params = {"weight": jnp.full(4, 10.0)}
     state = projection.init(params)
-    update = jax.jit(projection.update)
+    update = jit(projection.update)
     for expected in (3.0, 2.0, 1.0, 1.0):
         updates, state = update({"weight": jnp.zeros(4)}, state, params)
         norm = jnp.linalg.norm(optax.apply_updates(params, updates)["weight"])
@@ -280,7 +282,7 @@ def test_a_bound_may_follow_a_schedule():
 
 def test_the_gradient_of_the_l2_penalty_is_exactly_rate_times_weight(mlp):
     # Activation functions and all.
-    grads = eqx.filter_jit(eqx.filter_grad(lambda m: eqxreg.l2_penalty(m, 0.3)))(mlp)
+    grads = filter_jit(eqx.filter_grad(lambda m: eqxreg.l2_penalty(m, 0.3)))(mlp)
     for grad, weight in zip(
         jax.tree.leaves(grads), jax.tree.leaves(params_of(mlp)), strict=True
     ):
@@ -340,7 +342,7 @@ every_matrix_penalty = pytest.mark.parametrize("name", list(MATRIX_PENALTIES))
 def test_penalties_of_matrices_against_numpy(name, shape, dtype):
     penalty, formula = MATRIX_PENALTIES[name]
     weight = sample(dtype, shape=shape)
-    actual = jax.jit(penalty)({"weight": weight}, 0.3)
+    actual = jit(penalty)({"weight": weight}, 0.3)
     matrix = exact(weight).reshape(shape[0], -1)
     expected = 0.0 if name == "cosines" and shape[0] == 1 else formula(matrix)
     rtol = 1e-2 if dtype == "bfloat16" else 1e-4
@@ -352,8 +354,8 @@ def test_penalties_of_matrices_against_numpy(name, shape, dtype):
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 def test_gradients_of_penalties_of_matrices(name, dtype):
     penalty, _ = MATRIX_PENALTIES[name]
-    value = jax.jit(lambda w: penalty({"weight": w}, 0.3))
-    check_grads(value, (sample(dtype, shape=(5, 3)),), order=1, modes=["fwd", "rev"])
+    value = lambda w: penalty({"weight": w}, 0.3)
+    check_derivatives(value, (sample(dtype, shape=(5, 3)),))
 
 
 @pytest.mark.parametrize("mode", ["soft", "keras"])
@@ -419,7 +421,7 @@ def test_an_empty_selection_and_zero_weights_cost_nothing(name):
     assert nothing == 0 and nothing.shape == ()
     for dtype in ("bfloat16", "float32", "complex64"):
         zero = {"weight": jnp.zeros((2, 3), dtype)}
-        value, grads = jax.jit(jax.value_and_grad(PENALTIES[name]))(zero)
+        value, grads = jit(jax.value_and_grad(PENALTIES[name]))(zero)
         assert (value == 0) == (name in ZERO_AT_ZERO) and jnp.isfinite(value)
         assert jnp.all(grads["weight"] == 0)
 
@@ -444,7 +446,7 @@ def test_effective_penalties_choose_on_the_tree_that_is_given(mlp):
 def test_effective_penalises_the_constrained_weight(name, key):
     linear = eqx.nn.Linear(4, 3, use_bias=False, key=key)
     wrapped = eqxreg.MaxNormConstraint(linear, "weight", 0.5)
-    penalty = eqx.filter_jit(PENALTIES[name])
+    penalty = filter_jit(PENALTIES[name])
     effective = penalty(wrapped, effective=True)
     plain = penalty(eqxreg.bake(wrapped))
     np.testing.assert_allclose(effective, plain, rtol=1e-6)
