@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import filter_jit
 from tables import LAYERS, exact
 
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 each_layer = pytest.mark.parametrize("case", LAYERS, ids=str)
 BOUND = 0.4
@@ -54,7 +57,7 @@ def test_the_layer_computes_with_the_constrained_weight(case, key):
         scaled = exact(weight) * min(1.0, BOUND / norm)
         layer = _replace(layer, weight, jnp.asarray(scaled, weight.dtype))
     expected = call(layer, *case.inputs)
-    actual = eqx.filter_jit(call)(wrapped, *case.inputs)
+    actual = filter_jit(call)(wrapped, *case.inputs)
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -72,7 +75,7 @@ def test_bake_gives_the_plain_layer_that_computes_the_same(case, key):
     assert eqx.tree_equal(eqxreg.bake(baked), baked)
     for weight in weights_of(case, baked):
         assert np.sqrt((exact(weight) ** 2).sum()) <= BOUND
-    run = eqx.filter_jit(call)
+    run = filter_jit(call)
     outputs = run(wrapped, *case.inputs), run(baked, *case.inputs)
     for a, b in zip(*map(jax.tree.leaves, outputs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -82,7 +85,7 @@ def test_bake_gives_the_plain_layer_that_computes_the_same(case, key):
 def test_gradients_flow_through_the_map(case, key):
     _, wrapped, call = build(case, key)
 
-    @eqx.filter_jit
+    @filter_jit
     @eqx.filter_grad
     def gradient(layer):
         outputs = [x.ravel() for x in jax.tree.leaves(call(layer, *case.inputs))]
@@ -105,7 +108,7 @@ def test_a_wrapped_layer_vmaps_over_its_input(case, key):
         pytest.skip("its batch axis is named, and is tested above")
     _, wrapped, call = build(case, key)
     batch = jax.tree.map(lambda x: jnp.stack([x, x]), case.inputs)
-    outputs = eqx.filter_jit(jax.vmap(lambda *x: call(wrapped, *x)))(*batch)
+    outputs = filter_jit(jax.vmap(lambda *x: call(wrapped, *x)))(*batch)
     single = call(wrapped, *case.inputs)
     for a, b in zip(jax.tree.leaves(outputs), jax.tree.leaves(single), strict=True):
         np.testing.assert_allclose(a[1], b, rtol=1e-5, atol=1e-6)

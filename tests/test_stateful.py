@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import filter_jit, jit
 from tables import exact, sample
+
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def wrap(layer, *args, **kwargs):
@@ -30,7 +34,7 @@ def largest(weight):
 
 def dense_norm(layer, shape):
     """The norm of the Jacobian, by the decomposition of the dense matrix."""
-    jacobian = jax.jit(jax.jacobian(layer))(jnp.zeros(shape))
+    jacobian = jit(jax.jacobian(layer))(jnp.zeros(shape))
     matrix = exact(jacobian).reshape(-1, int(np.prod(shape)))
     return np.linalg.svd(matrix, compute_uv=False)[0]
 
@@ -59,7 +63,7 @@ def test_the_operator_of_a_convolution_is_at_the_bound(name, key):
     norm = dense_norm(conv, shape)
     assert float(eqxreg.operator_norm(conv, shape)) == pytest.approx(norm, rel=1e-3)
     wrapped, state = wrap(conv, "weight", 0.7, input_shape=shape)
-    _, state = jax.jit(lambda x, s: wrapped(x, s))(jnp.ones(shape), state)
+    _, state = jit(lambda x, s: wrapped(x, s))(jnp.ones(shape), state)
     plain = eqxreg.bake(wrapped, state)
     assert dense_norm(plain, shape) == pytest.approx(0.7, rel=1e-2)
 
@@ -97,7 +101,7 @@ def test_training_keeps_the_norm(input_shape, key):
     optimiser = optax.adam(1e-3)
     opt_state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
 
-    @eqx.filter_jit
+    @filter_jit
     def step(model, state, opt_state):
         def loss(model, state):
             batched = jax.vmap(model, (0, None), (0, None), axis_name="batch")
@@ -114,7 +118,7 @@ def test_training_keeps_the_norm(input_shape, key):
     shape = (3, 8, 8)
     units = jnp.eye(3 * 64).reshape(-1, *shape)
 
-    @eqx.filter_jit
+    @filter_jit
     def matrix(model, state):
         out = jax.vmap(lambda x: model(x, state)[0])(
             jnp.concatenate([units, 0 * units[:1]])
@@ -142,7 +146,7 @@ def test_a_direction_that_overtakes_unseen_is_found():
     diagonal = jnp.full(32, 0.1).at[0].set(1.0)
     put = lambda layer, d: eqx.tree_at(lambda n: n.weight, layer, jnp.diag(d))
     model, state = wrap(put(linear, diagonal))
-    call = eqx.filter_jit(lambda model, x, state: model(x, state))
+    call = filter_jit(lambda model, x, state: model(x, state))
     # Power iteration alone, locked to the first axis, would need dozens of steps.
     grown = eqx.tree_at(lambda m: m.layer, model, put(linear, diagonal.at[5].set(1.2)))
     for _ in range(4):
@@ -240,10 +244,10 @@ def test_it_composes_with_our_wrappers_and_with_equinox(key):
             return layer
 
         model, state = eqx.nn.make_with_state(build)()
-        call = eqx.filter_jit(lambda model, x, state: model(x, state))
+        call = filter_jit(lambda model, x, state: model(x, state))
         for _ in range(3):
             _, state = call(model, x, state)
-        return exact(eqx.filter_jit(eqxreg.bake)(model, state).weight)
+        return exact(filter_jit(eqxreg.bake)(model, state).weight)
 
     # The outermost promise holds.
     for inner in (rows, equinox):
@@ -266,14 +270,14 @@ def test_a_stack_has_vectors_for_each_layer():
 def test_the_state_free_map_goes_anywhere(key):
     p = eqxreg.SpectralNorm()
     mlp = eqxreg.constrain(eqx.nn.MLP(4, 2, 8, depth=2, key=key), p)
-    assert jnp.all(jnp.isfinite(eqx.filter_jit(mlp)(jnp.ones(4))))
+    assert jnp.all(jnp.isfinite(filter_jit(mlp)(jnp.ones(4))))
     for layer in eqxreg.bake(mlp).layers:
         assert largest(layer.weight) == pytest.approx(1.0, rel=1e-3)
     cell = eqx.nn.LSTMCell(4, 3, key=key)
     cell = eqxreg.Constraint(cell, "weight_hh", eqxreg.SpectralNorm(blocks=4))
     zeros = (jnp.zeros(3), jnp.zeros(3))
     scan = lambda xs: jax.lax.scan(lambda h, x: (cell(x, h), None), zeros, xs)[0]
-    gradient = jax.jit(jax.grad(lambda xs: jnp.sum(scan(xs)[0])))(jnp.ones((5, 4)))
+    gradient = jit(jax.grad(lambda xs: jnp.sum(scan(xs)[0])))(jnp.ones((5, 4)))
     assert jnp.all(jnp.isfinite(gradient))
 
 

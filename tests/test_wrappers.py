@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import filter_jit, jit
 from tables import Own, exact
 
 
@@ -66,7 +67,7 @@ def test_weight_norm_starts_as_the_layer_it_wraps(linear):
 
 def test_weight_norm_is_that_of_equinox(linear):
     ours, theirs = eqxreg.WeightNormConstraint(linear), eqx.nn.WeightNorm(linear)
-    gradient = eqx.filter_jit(eqx.filter_grad(lambda m: jnp.sum(jnp.sin(m(X)))))
+    gradient = filter_jit(eqx.filter_grad(lambda m: jnp.sum(jnp.sin(m(X)))))
     a, b = gradient(ours), gradient(theirs)
     np.testing.assert_allclose(a.layer.weight, b.layer.weight, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(a.g, b.g, rtol=1e-5)
@@ -132,7 +133,7 @@ def test_equinox_spectral_norm_inside(key):
 
     wrapped, state = stateful(make, key)
     assert wrapped.is_stateful()
-    out, new = eqx.filter_jit(wrapped)(X, state)
+    out, new = filter_jit(wrapped)(X, state)
     assert isinstance(new, eqx.nn.State)
     assert out.shape == (3,)
     # In inference the state is frozen, and baking agrees with calling.
@@ -185,7 +186,7 @@ def test_sequential_passes_state_through_us(key):
         )
 
     model, state = stateful(make, key)
-    out, state = eqx.filter_jit(model)(X, state, key=key)
+    out, state = filter_jit(model)(X, state, key=key)
     assert out.shape == (3,) and isinstance(state, eqx.nn.State)
 
 
@@ -345,7 +346,7 @@ def test_leaves_are_arrays_only(linear):
 def test_equal_wrappers_share_one_trace(linear, bound):
     traces = 0
 
-    @eqx.filter_jit
+    @filter_jit
     def call(layer, x):
         nonlocal traces
         traces += 1
@@ -361,7 +362,7 @@ def test_equal_wrappers_share_one_trace(linear, bound):
 def test_a_traced_bound_changes_without_a_new_trace(linear):
     traces = 0
 
-    @eqx.filter_jit
+    @filter_jit
     def norm(layer):
         nonlocal traces
         traces += 1
@@ -383,7 +384,7 @@ def test_plain_grad_and_optimisers_leave_a_bound_alone(linear):
 
 def test_profiles_show_the_constraint(linear):
     wrapped = eqxreg.MaxNormConstraint(linear, "weight", 2.0)
-    text = jax.jit(lambda x: wrapped(x)).lower(X).as_text(debug_info=True)
+    text = jit(lambda x: wrapped(x)).lower(X).as_text(debug_info=True)
     assert "eqxreg.MaxNormConstraint" in text
 
 
@@ -397,9 +398,9 @@ def test_a_scanned_mlp_is_constrained_layer_by_layer(bound, key):
     baked = eqxreg.bake(wrapped)
     norms = np.sqrt((exact(baked.layers[1].weight) ** 2).sum((1, 2)))
     np.testing.assert_allclose(norms, 0.3, rtol=1e-5)
-    run = eqx.filter_jit(lambda m, x: m(x))
+    run = filter_jit(lambda m, x: m(x))
     np.testing.assert_allclose(run(wrapped, X), run(baked, X), rtol=1e-5)
-    grads = eqx.filter_jit(eqx.filter_grad(lambda m: jnp.sum(m(X) ** 2)))(wrapped)
+    grads = filter_jit(eqx.filter_grad(lambda m: jnp.sum(m(X) ** 2)))(wrapped)
     assert all(jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads))
 
 
