@@ -12,18 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import filter_jit, jit
 
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 nn = eqx.nn
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """Each shape is compiled once and run once or twice."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def built(layer_type, *args, **kwargs):
@@ -43,7 +38,7 @@ def built(layer_type, *args, **kwargs):
 def dense_norm(layer, shape) -> float:
     """The largest singular value of a layer's Jacobian at zero."""
     zeros = np.zeros(shape, np.float32)
-    jacobian = np.asarray(jax.jit(jax.jacobian(layer))(zeros), np.float64)
+    jacobian = np.asarray(jit(jax.jacobian(layer))(zeros), np.float64)
     return np.linalg.norm(jacobian.reshape(-1, math.prod(shape)), 2)
 
 
@@ -51,7 +46,7 @@ def linear_norm(layer, shape) -> float:
     """The largest singular value of a linear layer, column by column of its matrix."""
     size = math.prod(shape)
     inputs = np.eye(size, dtype=np.float32).reshape(size, *shape)
-    outputs = jax.jit(jax.vmap(layer))(inputs)
+    outputs = jit(jax.vmap(layer))(inputs)
     return np.linalg.norm(np.asarray(outputs, np.float64).reshape(size, -1), 2)
 
 
@@ -59,7 +54,7 @@ def steepest(function, x, steps=20, rate=0.5) -> float:
     """The largest norm of a Jacobian that gradient ascent finds, from the points x."""
     jacobian = jax.jacrev(function)
 
-    @jax.jit
+    @jit
     @jax.vmap
     def ascend(x):
         slope = jax.grad(lambda x: jnp.sum(jacobian(x) ** 2))(x)
@@ -67,7 +62,7 @@ def steepest(function, x, steps=20, rate=0.5) -> float:
 
     for _ in range(steps):
         x = ascend(x)
-    jacobians = np.asarray(jax.jit(jax.vmap(jacobian))(x), np.float64)
+    jacobians = np.asarray(jit(jax.vmap(jacobian))(x), np.float64)
     return np.linalg.norm(jacobians, 2, axis=(1, 2)).max()
 
 
@@ -219,7 +214,7 @@ def test_a_maximum_pools_bound_is_attained_at_a_peak(layer, shape):
         peaks = -peaks
     noise = np.random.default_rng(0).standard_normal((size, size))
     images = jnp.asarray(peaks + 1e-3 * noise, jnp.float32).reshape(size, *shape)
-    jacobians = jax.jit(jax.vmap(jax.jacobian(layer)))(images)
+    jacobians = jit(jax.vmap(jax.jacobian(layer)))(images)
     jacobians = np.asarray(jacobians, np.float64).reshape(size, -1, size)
     truth = np.linalg.norm(jacobians, 2, axis=(1, 2)).max()
     np.testing.assert_allclose(eqxreg.lipschitz_bound(layer), truth, rtol=1e-6)
@@ -288,7 +283,7 @@ def test_no_jacobian_of_a_convolutional_network_is_above_its_bound(key):
     bound = eqxreg.lipschitz_bound(model, (1, 10, 10))
     model = nn.inference_mode(model)
     images = 3 * jax.random.normal(key, (256, 1, 10, 10))
-    jacobians = jax.jit(jax.vmap(jax.jacrev(model)))(images).reshape(256, 3, 100)
+    jacobians = jit(jax.vmap(jax.jacrev(model)))(images).reshape(256, 3, 100)
     found = np.linalg.norm(np.asarray(jacobians, np.float64), 2, axis=(1, 2)).max()
     assert 0.01 * bound < found <= bound
 
@@ -377,7 +372,7 @@ def test_the_constant_of_an_activation_is_its_largest_slope(name):
     ],
 )
 def test_the_constant_of_a_function_of_vectors_is_attained(function, x, shape):
-    jacobian = jax.jit(jax.jacobian(function))(jnp.array(x))
+    jacobian = jit(jax.jacobian(function))(jnp.array(x))
     jacobian = np.asarray(jacobian, np.float64)
     truth = np.linalg.norm(np.atleast_2d(jacobian), 2)
     bound = eqxreg.lipschitz_bound(function, shape)
@@ -450,7 +445,7 @@ def test_a_wrapper_that_needs_a_state_says_how_to_bake_it(key):
 def test_the_bound_is_the_same_under_jit():
     layers = [built(nn.Conv1d, 2, 2, 2), nn.Lambda(jnp.ravel), built(nn.Linear, 8, 3)]
     model = nn.Sequential(layers)
-    jitted = eqx.filter_jit(eqxreg.lipschitz_bound)(model, (2, 5))
+    jitted = filter_jit(eqxreg.lipschitz_bound)(model, (2, 5))
     np.testing.assert_allclose(jitted, eqxreg.lipschitz_bound(model), rtol=1e-6)
 
 
@@ -463,7 +458,7 @@ def test_the_gradient_of_the_bound_is_that_of_finite_differences(layer_type, arg
     layer = built(layer_type, *arguments)
     model = nn.Sequential([layer, nn.Lambda(jax.nn.gelu), layer])
 
-    @jax.jit
+    @jit
     @jax.value_and_grad
     def bound(weight):
         where = lambda m: (m.layers[0].weight, m.layers[2].weight)
@@ -669,7 +664,7 @@ def test_no_input_within_the_radius_changes_the_class(key):
         others = jnp.where(jnp.arange(3) == label, -jnp.inf, logits)
         return logits[label] - jnp.max(others)
 
-    @jax.jit
+    @jit
     @jax.vmap
     def attack(x, label, radius, start):
         def step(_, moved):
@@ -768,7 +763,7 @@ def test_sorting_keeps_the_norm_of_a_gradient(layer, key):
 
 @pytest.mark.parametrize("layer", [eqxreg.MaxMin(), eqxreg.GroupSort(4)], ids=str)
 def test_the_derivative_at_ties_is_an_average_of_permutations(layer):
-    jacobian = jax.jit(jax.jacobian(layer))(jnp.zeros(4))
+    jacobian = jit(jax.jacobian(layer))(jnp.zeros(4))
     np.testing.assert_allclose(jnp.sum(jacobian, axis=0), 1)
     np.testing.assert_allclose(jnp.sum(jacobian, axis=1), 1)
     assert jnp.all(jacobian >= 0)

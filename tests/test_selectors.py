@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import filter_jit
 
 
 class Tied(eqx.Module):
@@ -247,7 +248,7 @@ def test_trainables_lists_tied_arrays_once_and_differentiates(key):
     def loss(model):
         return sum(jnp.sum(w**2) for w in eqxreg.trainables(model)) / 2
 
-    grads = eqx.filter_jit(eqx.filter_grad(loss))(tied)
+    grads = filter_jit(eqx.filter_grad(loss))(tied)
     for grad, weight in zip(
         eqxreg.trainables(grads), eqxreg.trainables(tied), strict=True
     ):

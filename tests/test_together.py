@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import filter_jit
 from tables import exact
 
 
@@ -86,7 +87,7 @@ def test_every_promise_holds_at_each_of_200_steps(key):
     assert ".tied.pytree[0].weight" not in selected
     moments = {name: (np.zeros(w.shape), np.zeros(w.shape)) for name, w in arrays}
 
-    @eqx.filter_jit
+    @filter_jit
     def step(model, state):
         grads = eqx.filter_grad(loss)(model)
         params = eqx.filter(model, eqx.is_inexact_array)
@@ -140,7 +141,7 @@ def test_without_the_projection_the_bound_is_exceeded(key):
     )
     state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
 
-    @eqx.filter_jit
+    @filter_jit
     def step(model, state):
         grads = eqx.filter_grad(loss)(model)
         params = eqx.filter(model, eqx.is_inexact_array)
