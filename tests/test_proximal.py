@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import jit
 from tables import exact, sample
 
 
@@ -16,7 +17,7 @@ def step(transform, weight, update=None):
     """Where one step takes a weight."""
     params = {"weight": weight}
     updates = {"weight": jnp.zeros_like(weight) if update is None else update}
-    updates, _ = jax.jit(transform.update)(updates, transform.init(params), params)
+    updates, _ = jit(transform.update)(updates, transform.init(params), params)
     assert updates["weight"].dtype == weight.dtype
     return optax.apply_updates(params, updates)["weight"]
 
@@ -96,7 +97,7 @@ def test_it_minimises_what_it_is_the_proximal_step_of(name):
     away = jax.vmap(lambda key: 1e-2 * jax.random.normal(key, weight.shape))(
         jax.random.split(jax.random.key(0), 200)
     )
-    others = jax.jit(jax.vmap(lambda d: objective(best + d)))(away)
+    others = jit(jax.vmap(lambda d: objective(best + d)))(away)
     assert objective(best) < jnp.min(others)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from eqxreg._report import _label
+from quick import filter_jit, jit
 from tables import DTYPES, Own, exact, sample
 
 
@@ -45,6 +46,9 @@ def assert_numbers(found, path, weight, rtol=1e-4):
         np.testing.assert_allclose(found[f"{path}/{name}"], expected, rtol=rtol)
 
 
+metrics = filter_jit(eqxreg.metrics)
+
+
 def only_row(tree, *args, **kwargs):
     [row] = eqxreg.report(tree, *args, **kwargs).rows
     return row
@@ -57,7 +61,7 @@ def only_row(tree, *args, **kwargs):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_numbers_are_those_of_the_singular_value_decomposition(dtype, shape):
     weight = sample(dtype, shape=shape)
-    found = eqxreg.metrics({"weight": weight})
+    found = metrics({"weight": weight})
     assert_numbers(found, "['weight']", weight)
     assert {x.dtype for x in found.values()} == {jnp.dtype("float32")}
 
@@ -72,7 +76,7 @@ def test_numbers_of_double_precision_are_in_double_precision(x64):
 @pytest.mark.parametrize("scale", [1e25, 1e-25])
 def test_numbers_neither_overflow_nor_underflow(scale):
     weight = sample("float32", scale, SHAPE)
-    assert_numbers(eqxreg.metrics({"weight": weight}), "['weight']", weight)
+    assert_numbers(metrics({"weight": weight}), "['weight']", weight)
 
 
 @pytest.mark.parametrize("weight", [jnp.array([3.0, -4.0]), jnp.array(-5.0)])
@@ -112,8 +116,8 @@ def test_metrics_are_the_same_under_jit(key):
     params = eqx.filter(model, eqx.is_inexact_array)
     plain = eqxreg.metrics(model)
     for found in (
-        eqx.filter_jit(eqxreg.metrics)(model),
-        jax.jit(eqxreg.metrics)(params),
+        filter_jit(eqxreg.metrics)(model),
+        jit(eqxreg.metrics)(params),
     ):
         assert found.keys() == plain.keys()
         for name in plain:
@@ -123,7 +127,7 @@ def test_metrics_are_the_same_under_jit(key):
 def test_metrics_of_an_ensemble_are_mapped_over(key):
     build = lambda key: eqx.nn.Linear(4, 4, key=key)
     layers = eqx.filter_vmap(build)(jax.random.split(key, 3))
-    found = eqx.filter_vmap(eqxreg.metrics)(layers)
+    found = filter_jit(eqx.filter_vmap(eqxreg.metrics))(layers)
     for i, weight in enumerate(layers.weight):
         one = {name: values[i] for name, values in found.items()}
         assert_numbers(one, ".weight", weight)
@@ -143,7 +147,7 @@ def test_weights_that_share_a_loop_keep_their_own_values():
         f"weight_{i}": sample("float32", 1.0 + i, shape, seed=i)
         for i, shape in enumerate(shapes)
     }
-    found = eqxreg.metrics(tree)
+    found = metrics(tree)
     for name, weight in tree.items():
         if weight.ndim == 2:
             assert_numbers(found, f"['{name}']", weight)
@@ -153,7 +157,7 @@ def test_weights_that_share_a_loop_keep_their_own_values():
 
 
 def test_a_stack_has_a_number_for_each_layer(scanned):
-    found = eqxreg.metrics(scanned, projection=eqxreg.MaxNorm(0.5))
+    found = metrics(scanned, projection=eqxreg.MaxNorm(0.5))
     numbers = (*NUMBERS, "distance", "active")
     assert {found[f".layers[0].weight/{name}"].shape for name in numbers} == {()}
     assert {found[f".layers[1].weight/{name}"].shape for name in numbers} == {(3,)}
@@ -418,7 +422,7 @@ def test_a_map_that_is_no_projection_is_an_error(mlp):
 
 def test_a_report_inside_jit_says_what_to_use(mlp):
     with pytest.raises(TypeError, match="use `eqxreg.metrics`"):
-        eqx.filter_jit(lambda model: eqxreg.report(model).rows)(mlp)
+        filter_jit(lambda model: eqxreg.report(model).rows)(mlp)
 
 
 # The report
