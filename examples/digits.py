@@ -30,7 +30,7 @@ from common.checkpoint import Checkpoint
 from common.data import CLASSES, Images, load
 from common.loop import fit
 from common.mlp import DropoutMLP
-from common.run import Flags, main, output_directory
+from common.run import ComparisonFlags, main, output_directory
 from jaxtyping import Array, Float, Int, Key
 from numpy.typing import NDArray
 
@@ -39,7 +39,7 @@ Name: TypeAlias = Literal["none", "decay", "forward", "project", "penalty"]
 
 
 @dataclasses.dataclass(frozen=True)
-class DigitsFlags(Flags):
+class DigitsFlags(ComparisonFlags):
     """Train a dropout network on handwritten digits five ways, side by side."""
 
     out: Path = Path("out/digits")
@@ -70,7 +70,12 @@ class DigitsFlags(Flags):
     """Seed of the split of the digits into training and test set."""
 
     # Small enough that compiling takes most of the time, and simple for that reason.
-    QUICK: ClassVar = {**Flags.QUICK, "width": 64, "depth": 1, "input_dropout": 0.0}
+    QUICK: ClassVar = {
+        **ComparisonFlags.QUICK,
+        "width": 64,
+        "depth": 1,
+        "input_dropout": 0.0,
+    }
 
     def check(self) -> None:
         super().check()

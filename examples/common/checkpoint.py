@@ -9,6 +9,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,9 +61,14 @@ class Checkpoint:
             zlib.error,
         ) as error:
             raise Failure(f"{path}: cannot be read: {error}") from error
-        for name, value in self._fingerprint.items():
-            if (before := fingerprint.get(name)) != value:
-                raise Failure(
-                    f"--resume: {name} is {value} now, but was {before} in {path}"
-                )
+        require_same(self._fingerprint, fingerprint, path)
         return epoch, arrays
+
+
+def require_same(now: Mapping[str, Any], before: Mapping[str, Any], path: Path) -> None:
+    """Raises a `Failure` that names the first thing that is not as it was in `path`."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise Failure(
+                f"--resume: {name} is {value} now, but was {before.get(name)} in {path}"
+            )

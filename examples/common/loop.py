@@ -1,9 +1,7 @@
 """The loop over epochs, the same for every trainer: it records, keeps and resumes."""
 
-import contextlib
 import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any, TypeAlias
 
@@ -15,7 +13,7 @@ from numpy.typing import NDArray
 
 from common.arm import Arm, State
 from common.checkpoint import Checkpoint
-from common.run import Failure, Flags, Stopped
+from common.run import ComparisonFlags, Failure, Stopped, stop_signals
 
 
 # One row per epoch, one column per seed; `seconds` is the same for all seeds.
@@ -25,7 +23,7 @@ History: TypeAlias = dict[str, NDArray[np.float64]]
 def fit(
     arms: Sequence[Arm],
     measure: Callable[[Any], dict[str, NDArray[np.float64]]],
-    flags: Flags,
+    flags: ComparisonFlags,
     checkpoint: Checkpoint,
     advance: Callable[[str], None],
 ) -> tuple[dict[str, Any], dict[str, History]]:
@@ -48,7 +46,7 @@ def fit(
         _compile(arms)
     for _ in range((done + 1) * len(arms)):
         advance("ready")
-    with _stop_signals() as stopped:
+    with stop_signals() as stopped:
         for epoch in range(done + 1, flags.epochs + 1):
             for arm in arms:
                 state, loss, seconds = arm.epoch(states[arm.name], epoch)
@@ -86,7 +84,7 @@ def _pack(
     """All arrays, by names such as `none.params.readout.bias`."""
     packed = {}
     for name, state in states.items():
-        packed |= _leaves(name, state)
+        packed |= named_leaves(name, state)
         for metric, rows in histories[name].items():
             packed[f"{name}.history.{metric}"] = rows
     return packed
@@ -100,7 +98,7 @@ def _unpack(
     histories: dict[str, History] = {}
     for name, state in like.items():
         leaves = []
-        for key, leaf in _leaves(name, state).items():
+        for key, leaf in named_leaves(name, state).items():
             if key not in arrays or arrays[key].shape != leaf.shape:
                 raise Failure(f"--resume: the checkpoint is of another model: {key}")
             leaves.append(jnp.asarray(arrays[key], leaf.dtype))
@@ -114,26 +112,7 @@ def _unpack(
     return states, histories
 
 
-def _leaves(name: str, state: State) -> dict[str, Array]:
+def named_leaves(name: str, state: State) -> dict[str, Array]:
     """The arrays of one state by name."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {name + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Lets the first Ctrl-C or `kill` wait for the epoch; a second one is immediate."""
-    received: list[int] = []
-
-    def receive(number: int, frame: Any) -> None:
-        received.append(number)
-        if len(received) > 1:
-            raise KeyboardInterrupt
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, receive) for number in numbers]
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)

@@ -50,21 +50,32 @@ def save(
     figure: bytes,
 ) -> None:
     """Writes metrics.csv, results.json and figure.png to the output directory."""
-    packages = ("eqxreg", "equinox", "jax", "jaxlib", "optax", "numpy")
-    about = {
-        "data": data,
-        "flags": dataclasses.asdict(flags),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "methods": results,
-    }
     write_files(
         flags.out,
         {
             "metrics.csv": metrics_csv(histories),
-            "results.json": strict_json(about),
+            "results.json": strict_json({**about(flags, data), "methods": results}),
             "figure.png": figure,
         },
     )
+
+
+def save_results(
+    flags: Flags, data: Mapping[str, Any], results: Mapping[str, Any]
+) -> None:
+    """Writes results.json to the output directory."""
+    content = strict_json({**about(flags, data), "results": results})
+    write_files(flags.out, {"results.json": content})
+
+
+def about(flags: Flags, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What was run: on which data, with which flags and versions."""
+    packages = ("eqxreg", "equinox", "jax", "jaxlib", "optax", "numpy")
+    return {
+        "data": data,
+        "flags": dataclasses.asdict(flags),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def strict_json(value: Any) -> bytes:

@@ -1,7 +1,8 @@
 """The shell of a trainer: its flags, its one-line errors, its files.
 
 A trainer subclasses `Flags`, and hands that class and a function of it to `main`.
-Results are written with `write_files`, all of them or none.
+Results are written with `write_files`, all of them or none. `stop_signals` lets the
+first Ctrl-C wait until the state is safe.
 """
 
 import contextlib
@@ -10,10 +11,11 @@ import io
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import tyro
 
@@ -36,30 +38,18 @@ class Flags:
 
     out: Path = Path("out")
     """Directory for the results; it is made if need be."""
-    data: str = "digits"
-    """`digits`, or a directory with the four files of MNIST or Fashion-MNIST."""
-    seeds: int = 5
-    """Number of seeds, all trained at once."""
-    epochs: int = 24
-    """Number of passes through the training set."""
-    save_every: int = 10
-    """Number of epochs between checkpoints; there is always one at the end."""
     quick: bool = False
     """A run of seconds, to see that everything works. Other flags still count."""
     resume: bool = False
     """Continue from the checkpoint in the output directory."""
 
     # Other defaults of `--quick`.
-    QUICK: ClassVar[Mapping[str, Any]] = {"seeds": 2, "epochs": 3}
+    QUICK: ClassVar[Mapping[str, Any]] = {}
     # Flags that may differ between a run and its resumption.
-    FREE: ClassVar[frozenset[str]] = frozenset(
-        {"out", "data", "epochs", "save_every", "quick", "resume"}
-    )
+    FREE: ClassVar[frozenset[str]] = frozenset({"out", "quick", "resume"})
 
     def check(self) -> None:
         """Raises a `Failure` that names the first flag whose value makes no sense."""
-        for name in ("seeds", "epochs", "save_every"):
-            self.require(name, getattr(self, name) >= 1, "at least 1")
 
     def require(self, name: str, holds: bool, requirement: str) -> None:
         """Raises a `Failure` that flag `name` must be `requirement`, unless it is."""
@@ -75,11 +65,37 @@ class Flags:
         return json.loads(json.dumps(kept, default=str))
 
 
+@dataclasses.dataclass(frozen=True)
+class ComparisonFlags(Flags):
+    """The flags of a trainer that compares methods, each with several seeds."""
+
+    data: str = "digits"
+    """`digits`, or a directory with the four files of MNIST or Fashion-MNIST."""
+    seeds: int = 5
+    """Number of seeds, all trained at once."""
+    epochs: int = 24
+    """Number of passes through the training set."""
+    save_every: int = 10
+    """Number of epochs between checkpoints; there is always one at the end."""
+
+    QUICK: ClassVar = {"seeds": 2, "epochs": 3}
+    FREE: ClassVar = Flags.FREE | {"data", "epochs", "save_every"}
+
+    def check(self) -> None:
+        super().check()
+        for name in ("seeds", "epochs", "save_every"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+
+
 F = TypeVar("F", bound=Flags)
 
 
-def main(kind: type[F], train: Callable[[F], None]) -> None:
-    """Runs `train` on the flags of the command line, and exits with its code.
+def main(
+    kind: type[F],
+    train: Callable[[F], None],
+    leave: Callable[[int], NoReturn] = sys.exit,
+) -> None:
+    """Runs `train` on the flags of the command line, and leaves with its code.
 
     0: done. 1: failed. 2: the flags are wrong. 130: interrupted.
     """
@@ -98,7 +114,7 @@ def main(kind: type[F], train: Callable[[F], None]) -> None:
         code, message = 130, "stopped: interrupted; the last checkpoint is kept"
     if message:
         print(" ".join(message.split()), file=sys.stderr)
-    sys.exit(code)
+    leave(code)
 
 
 def parse(kind: type[F], arguments: Sequence[str]) -> F:
@@ -169,3 +185,23 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
         for draft in drafts.values():
             with contextlib.suppress(OSError):
                 draft.unlink()
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Lets the first Ctrl-C or `kill` wait to be asked for; a second is immediate."""
+    received: list[int] = []
+
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, receive) for number in numbers]
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            # None: it was not Python that installed it.
+            signal.signal(number, handler or signal.SIG_DFL)

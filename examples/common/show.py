@@ -61,21 +61,33 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 
 def table(title: str, results: Mapping[str, Mapping[str, Any]], out: Path) -> None:
     """Prints one line per method. A ± is followed by the standard error of the mean."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("method")
-    for name in ("test acc., %", "max norm", "distance", "seconds"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for result in results.values():
-        table.add_row(
+    header = ("method", "test acc., %", "max norm", "distance", "seconds")
+    rows = [
+        (
             result["label"],
             _plus_minus(result["test_accuracy"], 100),
             f"{result['largest_unit_norm']['largest']:.4f}",
             f"{result['distance_to_set']['mean']:.2g}",
             f"{result['seconds']['training']:.1f}",
         )
+        for result in results.values()
+    ]
+    print_rows(title, header, rows, f"All numbers and the figure are in {out}.")
+
+
+def print_rows(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], note: str
+) -> None:
+    """Prints a table whose first column holds names, and a line under it."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column(header[0])
+    for name in header[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"All numbers and the figure are in {out}.", soft_wrap=True)
+    console.print(note, soft_wrap=True)
 
 
 def _plus_minus(metric: Mapping[str, Any], scale: float) -> str:
