@@ -75,8 +75,10 @@ class Frozen(Wrapper):
             if is_frozen(site.owner)
         )
 
-    def _evaluated(self, state: Any, inference: bool | None) -> tuple[Any, Any]:
-        return evaluate(thawed(self.layer), state, inference)
+    def _evaluated(
+        self, state: Any, inference: bool | None, to_call: bool
+    ) -> tuple[Any, Any]:
+        return evaluate(thawed(self.layer), state, inference, to_call)
 
     def _within(self) -> Iterator[Any]:
         yield self.layer

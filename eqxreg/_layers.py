@@ -66,6 +66,13 @@ _RANKS: dict[type | tuple[type, ...], dict[str, _Rank]] = {
     },
 }
 
+_MULTIPLIED: dict[type, tuple[str, ...]] = {
+    eqx.nn.Linear: ("weight",),
+    eqx.nn.GRUCell: ("weight_ih", "weight_hh"),
+    eqx.nn.LSTMCell: ("weight_ih", "weight_hh"),
+}
+_CALLERS = (eqx.nn.MLP, eqx.nn.MultiheadAttention, eqx.nn.Sequential, list, tuple)
+
 
 def role(owner: Any, name: str) -> Role:
     """What the array `name` of the layer `owner` is. Decided by the layer's type and,
@@ -100,6 +107,18 @@ def is_wrapper(node: Any) -> bool:
     `eqx.nn.SpectralNorm` and `eqx.nn.WeightNorm`."""
     fields = getattr(type(node), "__dataclass_fields__", {})
     return isinstance(node, eqx.Module) and {"layer", "weight_name"} <= fields.keys()
+
+
+def only_multiplies(owner: Any, name: str | int) -> bool:
+    """Whether all that this layer does with its array `name`, when it is called, is
+    `array @ vector`. A subclass may do anything."""
+    return name in _MULTIPLIED.get(type(owner), ())
+
+
+def only_calls(node: Any) -> bool:
+    """Whether all that this does with the layers within, when it is called, is to call
+    them."""
+    return type(node) in _CALLERS
 
 
 def degree(wrapper: Any, i: int) -> int | None:

@@ -213,7 +213,14 @@ class SpectralNormConstraint(Constraint):
         return jax.jit(lambda w: per_layer(first, w, weight_rank))(weight)
 
     def _constrained(
-        self, i: int, owner: Any, raw: Any, state: Any, *, inference: bool | None
+        self,
+        i: int,
+        owner: Any,
+        raw: Any,
+        state: Any,
+        *,
+        inference: bool | None,
+        to_multiply: bool,
     ) -> tuple[Any, Any]:
         linear = self._linear(names_of(self.weight_name)[i], owner)
         if state is None:
@@ -221,17 +228,19 @@ class SpectralNormConstraint(Constraint):
         is_frozen = self.inference if inference is None else inference
         steps = self.num_power_iterations
         measure = frozen(linear) if is_frozen else warm(steps, linear)
-
-        def measured(raw: Array, starts: Array) -> tuple[Array, Array]:
-            return self._measured(i, raw, measure, starts)
-
         index = self._memories[i]
         memory = state.get(index)
+        starts = memory.vectors
+        if not is_frozen:
+            starts = self._started(i, linear, raw, memory)
+        weight, vectors = None, starts
+        if to_multiply and self.input_shape is None:
+            weight, vectors = self._map(i).factored(raw, measure, starts)
+        if weight is None:
+            measured = lambda raw, starts: self._measured(i, raw, measure, starts)
+            weight, vectors = per_layer(measured, raw, self._rank(i), starts)
         if is_frozen:
-            weight, _ = per_layer(measured, raw, self._rank(i), memory.vectors)
             return weight, state
-        started = self._started(i, linear, raw, memory)
-        weight, vectors = per_layer(measured, raw, self._rank(i), started)
         return weight, state.set(index, memory.after(vectors))
 
     def _anew(self, i: int, linear: Callable, raw: Array) -> Array:

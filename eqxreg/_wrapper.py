@@ -32,8 +32,11 @@ class Wrapper(eqx.nn.StatefulLayer):
     """Whether what this makes of a weight depends on an `eqx.nn.State`."""
 
     @abc.abstractmethod
-    def _evaluated(self, state: Any, inference: bool | None) -> tuple[Any, Any]:
-        """The plain layer with its weight as this makes it, and the new state."""
+    def _evaluated(
+        self, state: Any, inference: bool | None, to_call: bool
+    ) -> tuple[Any, Any]:
+        """The plain layer with its weight as this makes it, and the new state. A layer
+        that is made `to_call` need not have an array for its weight."""
 
     @abc.abstractmethod
     def _within(self) -> Iterator[Any]:
@@ -60,10 +63,10 @@ class Wrapper(eqx.nn.StatefulLayer):
         with jax.named_scope(f"eqxreg.{type(self).__name__}"):
             takes_state = _is_given_state(args, kwargs) or _depends_on_state(self)
             if not (needs_state(self) and takes_state):
-                layer, _ = evaluate(self, None, kwargs.get("inference"))
+                layer, _ = self._evaluated(None, kwargs.get("inference"), True)
                 return layer(*args, **_accepted(layer, kwargs))
             args, kwargs, state = _take_state(args, kwargs, type(self).__name__)
-            layer, state = evaluate(self, state, kwargs.get("inference"))
+            layer, state = self._evaluated(state, kwargs.get("inference"), True)
             if isinstance(layer, eqx.nn.StatefulLayer) and layer.is_stateful():
                 kwargs = {**kwargs, "state": state}
                 return layer(*args, **_accepted(layer, kwargs))
@@ -143,7 +146,9 @@ def _wrappers_within(node: Any) -> Iterator[Any]:
         yield from _wrappers_within(other)
 
 
-def evaluate(node: Any, state: Any, inference: bool | None) -> tuple[Any, Any]:
+def evaluate(
+    node: Any, state: Any, inference: bool | None, to_call: bool = False
+) -> tuple[Any, Any]:
     """The plain layer within a wrapper, with its weight as the wrapper makes it; any
     other node as it is.
 
@@ -152,6 +157,7 @@ def evaluate(node: Any, state: Any, inference: bool | None) -> tuple[Any, Any]:
     - `node`: a wrapper, or anything else.
     - `state`: an `eqx.nn.State` if `needs_state(node)`; else it may be `None`.
     - `inference`: what stateful wrappers are told, unless it is `None`.
+    - `to_call`: whether the layer is only to be called.
 
     **Returns:**
 
@@ -160,7 +166,7 @@ def evaluate(node: Any, state: Any, inference: bool | None) -> tuple[Any, Any]:
     if not is_wrapper(node):
         return node, state
     if isinstance(node, Wrapper):
-        return node._evaluated(state, inference)
+        return node._evaluated(state, inference, to_call)
     return _evaluate_foreign(node, state, inference)
 
 

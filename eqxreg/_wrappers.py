@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array
 
 from ._bits import FrozenArray, is_frozen
-from ._layers import is_tied, is_wrapper, rank
+from ._layers import is_tied, is_wrapper, only_calls, only_multiplies, rank
 from ._maps import Parametrization, Projection
 from ._maps._base import has_schedule
 from ._paths import (
@@ -113,11 +113,13 @@ class Constraint(Wrapper):
             return self.parametrizations[0]
         return self.parametrizations
 
-    def _evaluated(self, state: Any, inference: bool | None) -> tuple[Any, Any]:
+    def _evaluated(
+        self, state: Any, inference: bool | None, to_call: bool
+    ) -> tuple[Any, Any]:
         layer, state = evaluate(self.layer, state, inference)
         for i, name in enumerate(names_of(self.weight_name)):
             fn = ft.partial(self._constrained, i, inference=inference)
-            layer, state = _rewrite(layer, parse(name), fn, state, inference)
+            layer, state = _rewrite(layer, parse(name), fn, state, inference, to_call)
         return layer, state
 
     def _within(self) -> Iterator[Any]:
@@ -125,29 +127,47 @@ class Constraint(Wrapper):
             yield from nodes_along(self.layer, name)
 
     def _constrained(
-        self, i: int, owner: Any, raw: Any, state: Any, *, inference: bool | None
+        self,
+        i: int,
+        owner: Any,
+        raw: Any,
+        state: Any,
+        *,
+        inference: bool | None,
+        to_multiply: bool,
     ) -> tuple[Any, Any]:
-        """The weight that the `i`th map makes of a raw one, and the new state."""
+        """The weight that the `i`th map makes of a raw one, and the new state. A weight
+        that is made `to_multiply` may be a `Factored` one."""
         del owner, inference
         if is_tied(raw):
             # `eqx.nn.Shared` will put the other array here.
             return raw, state
         p, weight_rank = self.parametrizations[i], self._ranks[i]
+        if to_multiply and (factored := p._factored(raw)) is not None:
+            return factored, state
         return on_stack(lambda p, raw: p(raw), p, weight_rank, raw), state
 
 
 def _rewrite(
-    node: Any, path: Path, fn: Callable, state: Any, inference: bool | None
+    node: Any,
+    path: Path,
+    fn: Callable,
+    state: Any,
+    inference: bool | None,
+    to_call: bool,
 ) -> tuple[Any, Any]:
     """`node` with `fn(owner, array, state)` for the array at `path`, and wrappers on
-    the way evaluated."""
+    the way evaluated. If `node` is only to be called, `fn` is told whether the array
+    will then be multiplied with vectors, and nothing else."""
     node, state = evaluate(node, state, inference)
     step, *rest = path
     inner = child(node, step)
     if rest:
-        new, state = _rewrite(inner, tuple(rest), fn, state, inference)
+        to_call = to_call and only_calls(node)
+        new, state = _rewrite(inner, tuple(rest), fn, state, inference, to_call)
     else:
-        new, state = fn(node, inner, state)
+        to_multiply = to_call and only_multiplies(node, step)
+        new, state = fn(node, inner, state, to_multiply=to_multiply)
     return replace(node, step, new), state
 
 

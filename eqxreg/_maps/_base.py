@@ -17,6 +17,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, PyTree
 
 from .._norms import all_finite, frobenius_norm, real_dtype, tolerance, widen
+from ._factored import Factored
 
 
 @jax.tree_util.register_static
@@ -253,6 +254,10 @@ class Parametrization(eqx.Module):
         - `ValueError`: if its rank is too low.
         """
         check_dtype(weight)
+
+    def _factored(self, raw: Inexact[Array, "..."]) -> Factored | None:
+        """`self(raw)` as multiples of the rows of `raw`, if it is that."""
+        return None
 
     def at(self: _Map, step: Int[Array, ""]) -> _Map:
         """This map at one step of training, with schedules evaluated.

@@ -149,10 +149,12 @@ def automatically_sharded(
     )
 
 
-def automatically_measured(fn: Callable, weight: Inexact[Array, "..."]) -> Any:
-    """`fn(weight)`, which is small."""
+def automatically_measured(
+    fn: Callable, weight: Inexact[Array, "..."], *others: Array
+) -> Any:
+    """`fn(weight, *others)`, which is small."""
     whole = NamedSharding(jax.typeof(weight).sharding.mesh, PartitionSpec())
-    return _automatically(fn, whole, weight)
+    return _automatically(fn, whole, weight, *others)
 
 
 def _automatically(fn: Callable, shardings: Any, weight: Array, *others: Array) -> Any:

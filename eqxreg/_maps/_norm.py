@@ -5,8 +5,10 @@ the weight; where it is not, for `ord` 1 and inf, in `_simplex.py` and
 `_elementwise.py`.
 """
 
+import abc
 import functools as ft
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import equinox as eqx
@@ -34,14 +36,39 @@ from ._base import (
     check_order,
 )
 from ._elementwise import clip
-from ._rescale import at_most, between, exactly, norms_of, rescale, with_gain
+from ._factored import Factored, is_factorable
+from ._rescale import (
+    Plan,
+    at_most,
+    between,
+    exactly,
+    factors,
+    gain_factors,
+    norms_of,
+    rescale,
+    with_gain,
+)
 from ._simplex import project_to_l1_ball
 
 
 class _NormMap(Projection):
-    """What the maps of this file share: an `axis` that a weight must have."""
+    """What the maps of this file share: an `axis` that a weight must have, and a plan
+    of what its norms over that are to be."""
 
     axis: eqx.AbstractVar[Axis]
+
+    @abc.abstractmethod
+    def _plan(self, dtype) -> tuple[Callable[..., Plan], tuple[Array, ...]]:
+        """The plan for a weight of this dtype, and its bounds."""
+
+    def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+        self.check(raw)
+        plan, bounds = self._plan(raw.dtype)
+        return rescale(plan, resolve_axes(self.axis, raw.ndim), raw, *bounds)
+
+    def _factored(self, raw: Inexact[Array, "..."]) -> Factored | None:
+        plan, bounds = self._plan(raw.dtype)
+        return _by_rows(raw, self.axis, lambda axes: factors(plan, axes, raw, *bounds))
 
     def check(self, weight: Shaped) -> None:
         check_dtype(weight)
@@ -121,10 +148,17 @@ class MaxNorm(_NormMap):
         if self.ord == math.inf and not jnp.iscomplexobj(raw):
             bound = bound_value(self.max_norm, raw.dtype)
             return clip(raw, -bound, bound)
-        # The largest magnitude is bounded where each magnitude is.
-        axes = () if self.ord == math.inf else resolve_axes(self.axis, raw.ndim)
-        bound = bound_value(self.max_norm, wide_dtype(raw.dtype))
-        return rescale(at_most, axes, raw, bound)
+        if self.ord == math.inf:
+            # The largest magnitude is bounded where each magnitude is.
+            plan, bounds = self._plan(raw.dtype)
+            return rescale(plan, (), raw, *bounds)
+        return super().__call__(raw)
+
+    def _plan(self, dtype) -> tuple[Callable[..., Plan], tuple[Array, ...]]:
+        return at_most, (bound_value(self.max_norm, wide_dtype(dtype)),)
+
+    def _factored(self, raw: Inexact[Array, "..."]) -> Factored | None:
+        return super()._factored(raw) if self.ord == 2 else None
 
 
 class MinMaxNorm(_NormMap):
@@ -189,13 +223,11 @@ class MinMaxNorm(_NormMap):
         self.rate = float(rate)
         self.axis = check_axis(axis)
 
-    def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
-        self.check(raw)
-        wide = wide_dtype(raw.dtype)
+    def _plan(self, dtype) -> tuple[Callable[..., Plan], tuple[Array, ...]]:
+        wide = wide_dtype(dtype)
         low = bound_value(self.min_norm, wide, toward=math.inf)
         high = bound_value(self.max_norm, wide)
-        plan = ft.partial(between, rate=self.rate)
-        return rescale(plan, resolve_axes(self.axis, raw.ndim), raw, low, high)
+        return ft.partial(between, rate=self.rate), (low, high)
 
     def contains(
         self, weight: Inexact[Array, "..."], tol: ArrayLike | None = None
@@ -245,10 +277,8 @@ class UnitNorm(_NormMap):
         self.norm = check_bound(norm, "norm", minimum=0, strict=True)
         self.axis = check_axis(axis)
 
-    def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
-        self.check(raw)
-        bound = bound_value(self.norm, wide_dtype(raw.dtype))
-        return rescale(exactly, resolve_axes(self.axis, raw.ndim), raw, bound)
+    def _plan(self, dtype) -> tuple[Callable[..., Plan], tuple[Array, ...]]:
+        return exactly, (bound_value(self.norm, wide_dtype(dtype)),)
 
     def contains(
         self, weight: Inexact[Array, "..."], tol: ArrayLike | None = None
@@ -276,9 +306,17 @@ class WeightNorm(Parametrization):
         resolve_axes(self.axis, weight.ndim)
 
     def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+        return with_gain(resolve_axes(self.axis, raw.ndim), raw, self._bound_gain)
+
+    def _factored(self, raw: Inexact[Array, "..."]) -> Factored | None:
+        gain = self._bound_gain
+        return _by_rows(raw, self.axis, lambda axes: gain_factors(axes, raw, gain))
+
+    @property
+    def _bound_gain(self) -> Inexact[Array, "..."]:
         if self.gain is None:
             raise ValueError("Weight normalisation has no gain before it is bound.")
-        return with_gain(resolve_axes(self.axis, raw.ndim), raw, self.gain)
+        return self.gain
 
     def inverse(self, weight: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         return weight
@@ -291,6 +329,18 @@ class WeightNorm(Parametrization):
         # of its range.
         gain = norms.norm / norms.scale
         return WeightNorm(self.axis, gain), weight
+
+
+def _by_rows(
+    raw: Inexact[Array, "..."],
+    axis: Axis,
+    factors: Callable[[tuple[int, ...]], Float[Array, "..."]],
+) -> Factored | None:
+    """`raw` times `factors` of the axes of its norms, if these are of whole rows."""
+    axes = resolve_axes(axis, raw.ndim)
+    if 1 not in axes or not is_factorable(raw):
+        return None
+    return Factored(raw, factors(axes))
 
 
 def _contains(

@@ -107,36 +107,84 @@ def rescale(
 
 @rescale.defjvp
 def _(plan, axes, primals, tangents):
-    (weight, *bounds), (tangent, *bound_tangents) = primals, tangents
-    norms = norms_of(weight, axes)
-    made = plan(norms, weight.dtype, *bounds)
-    moved = _at(norms, made.target, weight)
-    value = jnp.where(made.moves, narrow(moved, weight.dtype), weight)
+    (weight, *_), (tangent, *_) = primals, tangents
+    made = _Made.of(plan, axes, *primals)
+    value = jnp.where(made.plan.moves, narrow(made.moved, weight.dtype), weight)
+    dtype, tangent = made.result.dtype, widen(tangent)
+    along = _along(plan, axes, made, primals, tangents)
+    across = jnp.where(made.plan.bends, made.slope, 1)
+    change = across.astype(dtype) * tangent + along.astype(dtype) * made.result
+    return value, change.astype(weight.dtype)
 
-    # The result before rounding, and its norm. Masks are kept to the norms: one over
-    # the weight would be one over the gradient in the transpose, written to memory.
-    wide, tangent = jnp.where(made.moves, moved, widen(weight)), widen(tangent)
-    size = jnp.where(made.moves, made.target, norms.norm / norms.scale)
+
+@ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def factors(
+    plan: Callable[..., Plan],
+    axes: tuple[int, ...],
+    weight: Inexact[Array, "..."],
+    *bounds: Array,
+) -> Float[Array, "..."]:
+    """What `rescale` multiplies the slices of `weight` by."""
+    return _Made.of(plan, axes, weight, *bounds).factors
+
+
+@factors.defjvp
+def _(plan, axes, primals, tangents):
+    made = _Made.of(plan, axes, *primals)
+    # Where the result changes by a multiple of itself, so does the factor.
+    return made.factors, made.factors * _along(plan, axes, made, primals, tangents)
+
+
+class _Made(NamedTuple):
+    """What a plan makes of a weight."""
+
+    norms: Norms
+    plan: Plan
+    moved: Inexact[Array, "..."]
+    """All slices at the norms of the plan, before rounding."""
+    result: Inexact[Array, "..."]
+    """The slices that move there, and the others as they are."""
+
+    @classmethod
+    def of(cls, plan, axes, weight, *bounds) -> "_Made":
+        norms = norms_of(weight, axes)
+        made = plan(norms, weight.dtype, *bounds)
+        moved = _at(norms, made.target, weight)
+        return cls(norms, made, moved, jnp.where(made.moves, moved, widen(weight)))
+
+    @property
+    def slope(self) -> Float[Array, "..."]:
+        norm = jnp.where(self.norms.nonzero, self.norms.norm, 1)
+        return self.plan.target * self.norms.scale / norm
+
+    @property
+    def factors(self) -> Float[Array, "..."]:
+        return jnp.where(self.plan.moves, self.slope, 1)
+
+
+def _along(plan, axes, made: _Made, primals, tangents) -> Float[Array, "..."]:
+    """The multiple of the result that its derivative has in it."""
+    (weight, *bounds), (tangent, *bound_tangents) = primals, tangents
+    norms = made.norms
+    # Masks are kept to the norms: one over the weight would be one over the gradient in
+    # the transpose, written to memory.
+    size = jnp.where(made.plan.moves, made.plan.target, norms.norm / norms.scale)
     # A target is zero only where a relative bound is.
     size = jnp.where(size > 0, size, 1)
-    inner = jnp.real(jnp.conj(wide) * tangent)
+    inner = jnp.real(jnp.conj(made.result) * widen(tangent))
     norm_tangent = jnp.sum(inner, axis=axes, keepdims=True) / size
 
     def target(norm, *bounds):
-        made = plan(Norms(norm, norms.scale), weight.dtype, *bounds)
-        return jnp.broadcast_to(made.target, norm.shape)
+        again = plan(Norms(norm, norms.scale), weight.dtype, *bounds)
+        return jnp.broadcast_to(again.target, norm.shape)
 
     target_tangent = jax.jvp(
         target,
         (norms.norm, *bounds),
         (norm_tangent * norms.scale, *bound_tangents),
     )[1]
-    slope = made.target * norms.scale / jnp.where(norms.nonzero, norms.norm, 1)
-    along = jnp.where(made.bends, (target_tangent - slope * norm_tangent) / size, 0)
-    across = jnp.where(made.bends, slope, 1)
-    dtype = wide.dtype
-    change = across.astype(dtype) * tangent + along.astype(dtype) * wide
-    return value, change.astype(weight.dtype)
+    change = (target_tangent - made.slope * norm_tangent) / size
+    return jnp.where(made.plan.bends, change, 0)
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -156,20 +204,54 @@ def with_gain(
 @with_gain.defjvp
 def _(axes, primals, tangents):
     (weight, gain), (tangent, gain_tangent) = primals, tangents
-    norms = norms_of(weight, axes)
-    (norm, scale), wide = norms, widen(weight)
-    gain, gain_tangent = gain.astype(norm.dtype), gain_tangent.astype(norm.dtype)
-    value = with_gain(axes, weight, gain)
+    norms, tangent = norms_of(weight, axes), widen(tangent)
+    across = _gain_slope(norms, gain)
+    along = _gain_along(axes, norms, weight, gain, tangent, gain_tangent)
+    dtype = tangent.dtype
+    change = across.astype(dtype) * tangent + along.astype(dtype) * widen(weight)
+    return with_gain(axes, weight, gain), change.astype(weight.dtype)
 
-    # As above, masks and scales are kept to the norms.
-    tangent, norm = widen(tangent), jnp.where(norms.nonzero, norm, 1)
-    inner = jnp.sum(jnp.real(jnp.conj(wide) * tangent), axis=axes, keepdims=True)
-    norm_tangent = inner * scale / norm * scale
-    along = (gain_tangent - gain * norm_tangent / norm) / norm * scale
-    across = jnp.where(norms.nonzero, gain / norm * scale, 1)
-    along = jnp.where(norms.nonzero, along, 0)
-    change = across.astype(wide.dtype) * tangent + along.astype(wide.dtype) * wide
-    return value, change.astype(weight.dtype)
+
+@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def gain_factors(
+    axes: tuple[int, ...],
+    weight: Inexact[Array, "..."],
+    gain: Inexact[Array, "..."],
+) -> Float[Array, "..."]:
+    """What `with_gain` multiplies the slices of `weight` by."""
+    return _gain_slope(norms_of(weight, axes), gain)
+
+
+@gain_factors.defjvp
+def _(axes, primals, tangents):
+    (weight, gain), (tangent, gain_tangent) = primals, tangents
+    norms = norms_of(weight, axes)
+    along = _gain_along(axes, norms, weight, gain, widen(tangent), gain_tangent)
+    return _gain_slope(norms, gain), along
+
+
+def _gain_slope(norms: Norms, gain: Array) -> Array:
+    norm = jnp.where(norms.nonzero, norms.norm, 1)
+    slope = gain.astype(norm.dtype) / norm * norms.scale
+    return jnp.where(norms.nonzero, slope, 1)
+
+
+def _gain_along(
+    axes: tuple[int, ...],
+    norms: Norms,
+    weight: Array,
+    gain: Array,
+    tangent: Array,
+    gain_tangent: Array,
+) -> Array:
+    """The derivative of the slope."""
+    # In the order in which nothing is out of range that has no reason to be: the result
+    # has a size that is in range, the weight need not have.
+    slope, inverse = _gain_slope(norms, gain), _gain_slope(norms, jnp.ones_like(gain))
+    result = widen(weight) * slope.astype(tangent.dtype)
+    inner = jnp.sum(jnp.real(jnp.conj(result) * tangent), axis=axes, keepdims=True)
+    change = (gain_tangent.astype(slope.dtype) - inner * inverse) * inverse
+    return jnp.where(norms.nonzero, change, 0)
 
 
 def _at(norms: Norms, target: Array, weight: Array) -> Array:

@@ -57,42 +57,47 @@ def scale_norm(
     weight: Inexact[Array, "*shape"],
     start: Inexact[Array, " n"],
 ) -> tuple[Inexact[Array, "*shape"], Inexact[Array, " n"]]:
-    r"""A weight, scaled so that its norm is as planned, and a vector to start from next
-    time. With $w \mapsto t\, w / \sigma$ and $\mathrm{d}\sigma = \mathrm{Re}\, u^H
-    A_{\mathrm{d}w} v$, the derivative is
+    """A weight, scaled so that its norm is as planned, and a vector to start from next
+    time."""
+    factor, following = norm_factor(target, measure, weight, start)
+    wide = widen(weight)
+    return narrow(wide * factor.astype(wide.dtype), weight.dtype), following
 
-    $$\frac{t}{\sigma} \left(\mathrm{d}w -
-    \frac{w}{\sigma}\, \mathrm{Re}\, u^H A_{\mathrm{d}w} v\right).$$
+
+def norm_factor(
+    target: Target,
+    measure: Measure,
+    weight: Inexact[Array, "..."],
+    start: Inexact[Array, " n"],
+) -> tuple[Float[Array, ""], Inexact[Array, " n"]]:
+    r"""What `scale_norm` multiplies a weight by, and a vector to start from next time.
+    With $f = t / \sigma$ and $\mathrm{d}\sigma = \mathrm{Re}\, u^H A_{\mathrm{d}w} v$,
+    the derivative is
+
+    $$-\frac{f}{\sigma}\, \mathrm{Re}\, u^H A_{\mathrm{d}w} v.$$
     """
-    return _scale_norm(target.plan, measure, weight, start, target.bound)
+    return _norm_factor(target.plan, measure, weight, start, target.bound)
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _scale_norm(plan, measure, weight, start, bound):
-    wide = widen(weight)
+def _norm_factor(plan, measure, weight, start, bound):
     made, top = _planned(plan, measure, weight, start, bound)
-    factor = jnp.where(made.moves, _factor(made, top), 1).astype(wide.dtype)
-    return narrow(wide * factor, weight.dtype), next_start(top, start)
+    return jnp.where(made.moves, _factor(made, top), 1), next_start(top, start)
 
 
-@_scale_norm.defjvp
+@_norm_factor.defjvp
 def _(plan, measure, primals, tangents):
     (weight, start, bound), (tangent, *_) = primals, tangents
-    wide, tangent = widen(weight), widen(tangent)
     # The singular vectors count as constant: at the top of the spectrum their motion
     # does not change the value, to first order.
     made, top = _planned(plan, measure, lax.stop_gradient(weight), start, bound)
-    value = attained(top.value, top, measure.linear(wide).forward)
+    value = attained(top.value, top, measure.linear(widen(weight)).forward)
     top = Top(value, top.left, top.right)
-    factor = jnp.where(made.moves, _factor(made, top), 1).astype(wide.dtype)
-    moved = wide * factor
-    along = _along(measure, top, tangent) / jnp.where(value > 0, value, 1)
-    change = (
-        factor * tangent - jnp.where(made.bends, along, 0).astype(wide.dtype) * moved
-    )
+    factor = jnp.where(made.moves, _factor(made, top), 1)
+    along = _along(measure, top, widen(tangent)) / jnp.where(value > 0, value, 1)
     following = next_start(top, start)
-    tangents = change.astype(weight.dtype), jnp.zeros_like(following)
-    return (narrow(moved, weight.dtype), following), tangents
+    tangents = -jnp.where(made.bends, along, 0) * factor, jnp.zeros_like(following)
+    return (factor, following), tangents
 
 
 def _planned(plan, measure, weight, start, bound):
@@ -193,6 +198,12 @@ def _warm(steps: int) -> Measure:
 def scaled_blocks(measure, plan, bound, matrices, starts):
     scale = ft.partial(scale_norm, Target(plan, bound), measure)
     return over_blocks(scale, matrices, starts)
+
+
+@ft.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def block_factors(measure, plan, bound, matrices, starts):
+    factor = ft.partial(norm_factor, Target(plan, bound), measure)
+    return over_blocks(factor, matrices, starts)
 
 
 @ft.partial(jax.jit, static_argnums=0, inline=True)

@@ -20,6 +20,7 @@ from .._singular import (
     fixed_vector,
 )
 from ._base import Bound, StoredBound, bound_value, check_bound
+from ._factored import Factored, is_factorable
 from ._matrix import (
     MatrixProjection,
     RowAxes,
@@ -40,6 +41,7 @@ from ._scale_norm import (
     Estimator,
     Measure,
     Target,
+    block_factors,
     block_values,
     next_start,
     scaled_blocks,
@@ -101,6 +103,30 @@ class _SpectralScaling(MatrixProjection):
             return from_matrices(matrices, raw.shape, self.matrix), starts
 
         return automatically_sharded(scaled, raw, starts)
+
+    def factored(
+        self,
+        raw: Inexact[Array, "..."],
+        measure: Measure,
+        starts: Inexact[Array, "blocks n"],
+    ) -> tuple[Factored | None, Inexact[Array, "blocks n"]]:
+        """As `measured`, if the weight may stay as it is and its products be scaled."""
+        target = self.plan(raw.dtype)
+        if self.matrix not in ("unit", 0, (0,)) or not is_factorable(raw):
+            return None, starts
+
+        def scaled(raw: Array, starts: Array) -> tuple[Array, Array]:
+            factors, starts = block_factors(
+                measure, target.plan, target.bound, self._matrices(raw), starts
+            )
+            rows = 1 if self.blocks == 1 else len(raw) // self.blocks
+            return jnp.repeat(factors, rows)[:, None], starts
+
+        factor, starts = automatically_measured(scaled, raw, starts)
+        return Factored(raw, factor), starts
+
+    def _factored(self, raw: Inexact[Array, "..."]) -> Factored | None:
+        return self.factored(raw, self._measure, self.cold_start(raw))[0]
 
     def _start(self, weight):
         measure, cold_start = ESTIMATORS["lanczos"], self.cold_start(weight)

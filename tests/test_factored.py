@@ -1,0 +1,193 @@
+"""Layers that only multiply with their weight: the product is scaled in its place, and
+nothing of it shows but the cost."""
+
+import equinox as eqx
+import eqxreg
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tables import exact, sample
+
+
+UNIT = {"axis": "unit"}
+KEY = jax.random.key(1)
+X = jnp.linspace(-1.0, 1.0, 4)
+HIDDEN = jnp.linspace(0.5, -1.0, 3)
+
+MAPS = {
+    "max_norm-unit": eqxreg.MaxNorm(0.8, **UNIT),
+    "max_norm-whole": eqxreg.MaxNorm(0.8),
+    "max_norm-1": eqxreg.MaxNorm(0.8, ord=1, **UNIT),
+    "max_norm-columns": eqxreg.MaxNorm(0.8, axis=0),
+    "min_max": eqxreg.MinMaxNorm(0.6, 0.9, 0.5, **UNIT),
+    "unit_norm": eqxreg.UnitNorm(0.7, **UNIT),
+    "spectral": eqxreg.SpectralNorm(),
+    "spectral-blocks": eqxreg.SpectralNorm(blocks=3),
+    "spectral-columns": eqxreg.SpectralNorm(matrix=1),
+    "scale": eqxreg.SpectralScale(0.5),
+}
+LAYERS = {
+    "linear": (eqx.nn.Linear(4, 6, key=KEY), "weight", (X,)),
+    "gru": (eqx.nn.GRUCell(4, 3, key=KEY), ("weight_ih", "weight_hh"), (X, HIDDEN)),
+    "lstm": (eqx.nn.LSTMCell(4, 3, key=KEY), "weight_ih", (X, (HIDDEN, HIDDEN))),
+    "attention": (
+        eqx.nn.MultiheadAttention(3, 6, 4, key=KEY),
+        ("query_proj.weight", "key_proj.weight"),
+        tuple(sample("float32", shape=shape) for shape in ((2, 6), (3, 4), (3, 6))),
+    ),
+    "mlp": (eqx.nn.MLP(4, 2, 6, depth=2, key=KEY), "layers[1].weight", (X,)),
+}
+
+
+class Baking(eqx.Module):
+    """A layer that makes an array of its weight first."""
+
+    layer: eqx.Module
+
+    def __call__(self, *args):
+        return eqxreg.bake(self.layer)(*args)
+
+
+@eqx.filter_jit
+def out_and_gradient(layer, args):
+    def loss(layer, args):
+        out = layer(*args)
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(out)), out
+
+    grads, out = eqx.filter_grad(loss, has_aux=True)(layer, args)
+    return jax.tree.leaves((out, grads))
+
+
+def assert_as_if_baked(layer, args):
+    pairs = zip(
+        out_and_gradient(layer, args),
+        out_and_gradient(Baking(layer), args),
+        strict=True,
+    )
+    for a, b in pairs:
+        size = np.abs(b).max()
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * size)
+
+
+@pytest.mark.parametrize("name", list(MAPS))
+def test_a_call_and_its_gradient_are_those_of_the_baked_layer(name):
+    layer, names, args = LAYERS["linear"]
+    assert_as_if_baked(eqxreg.Constraint(layer, names, MAPS[name]), args)
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_so_they_are_for_every_layer_that_multiplies(name):
+    layer, names, args = LAYERS[name]
+    assert_as_if_baked(eqxreg.UnitNormConstraint(layer, names, **UNIT), args)
+    assert_as_if_baked(eqxreg.WeightNormConstraint(layer, names), args)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_so_they_are_with_a_state(inference):
+    layer, state = eqx.nn.make_with_state(eqxreg.SpectralNormConstraint)(
+        LAYERS["linear"][0], blocks=2, inference=inference, key=KEY
+    )
+
+    # A state may be used once; a copy may be used again.
+    copy = lambda: jax.tree.map(lambda x: x, state)
+
+    class Stateless(eqx.Module):
+        layer: eqx.Module
+
+        def __call__(self, x):
+            return self.layer(x, copy())[0]
+
+    class StatelessBaking(Stateless):
+        def __call__(self, x):
+            return eqxreg.bake(self.layer, copy())(x)
+
+    pairs = (out_and_gradient(c(layer), (X,)) for c in (Stateless, StatelessBaking))
+    for a, b in zip(*pairs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["max_norm-unit", "unit_norm", "spectral"])
+@pytest.mark.parametrize("scale", [1e25, 1e-25, 0.0])
+def test_weights_of_any_size_have_the_right_products_and_gradients(name, scale):
+    linear = eqx.nn.Linear(4, 6, use_bias=False, key=KEY)
+    unscaled = linear.weight
+    scaled = eqx.tree_at(lambda m: m.weight, linear, unscaled * scale)
+    out, grad = out_and_gradient(eqxreg.Constraint(scaled, "weight", MAPS[name]), (X,))
+    # All of these maps only depend on the direction of a weight that is outside.
+    if scale == 1e25 or (scale and name != "max_norm-unit"):
+        unit = exact(unscaled)
+        axis = None if name == "spectral" else 1
+        size = np.linalg.norm(unit, 2) if axis is None else None
+        size = np.linalg.norm(unit, axis=1, keepdims=True) if size is None else size
+        bound = {"spectral": 1.0, "unit_norm": 0.7, "max_norm-unit": 0.8}[name]
+        weight = bound * unit / size
+        np.testing.assert_allclose(out, weight @ exact(X), rtol=1e-5)
+        # The gradient has no part along what is scaled as a whole.
+        inner = np.sum(exact(grad) * scale * unit, axis=axis)
+        size = np.sum(np.abs(exact(grad) * scale * unit), axis=axis)
+        assert np.all(size > 1e-3) and np.all(np.abs(inner) <= 1e-4 * size)
+    else:
+        # Inside, or zero: the identity.
+        np.testing.assert_array_equal(out, (unscaled * scale) @ X)
+        expected = np.outer(np.cos(exact(out)), exact(X))
+        np.testing.assert_allclose(grad, expected, rtol=1e-5)
+
+
+def test_inside_the_set_a_product_keeps_its_bits():
+    layer, *_ = LAYERS["linear"]
+    wrapped = eqxreg.MaxNormConstraint(layer, "weight", 100.0, **UNIT)
+    assert jnp.array_equal(wrapped(X), layer(X))
+
+
+def test_in_half_precision_it_is_the_weight_that_is_rounded():
+    layer = eqx.nn.Linear(4, 6, dtype=jnp.bfloat16, key=KEY)
+    wrapped = eqxreg.MaxNormConstraint(layer, "weight", 0.3, **UNIT)
+    x = X.astype(jnp.bfloat16)
+    assert jnp.array_equal(wrapped(x), eqxreg.bake(wrapped)(x))
+
+
+class Tied(eqx.Module):
+    """A layer of one's own, which does more with a weight than multiply with it."""
+
+    linear: eqx.nn.Linear
+
+    def __call__(self, x):
+        return self.linear.weight.T @ jnp.tanh(self.linear(x))
+
+
+class Doubled(eqx.nn.Linear):
+    """A subclass, which may do anything."""
+
+    def __call__(self, x):
+        return (2 * self.weight) @ x
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (Tied(eqx.nn.Linear(4, 6, key=KEY)), "linear.weight"),
+        (Doubled(4, 6, key=KEY), "weight"),
+    ],
+)
+def test_layers_of_ones_own_get_an_array(layer, name):
+    wrapped = eqxreg.MaxNormConstraint(layer, name, 0.3, **UNIT)
+    np.testing.assert_allclose(wrapped(X), eqxreg.bake(wrapped)(X), rtol=1e-6)
+
+
+SIZE = 256
+
+
+@pytest.mark.parametrize(
+    ("p", "copies"),
+    [(MAPS["max_norm-unit"], 0), (MAPS["spectral"], 0), (eqxreg.Box(-0.01, 0.01), 1)],
+    ids=["max_norm", "spectral", "box"],
+)
+def test_a_call_writes_no_weight_to_memory(p, copies):
+    linear = eqx.nn.Linear(SIZE, SIZE, key=KEY)
+    wrapped = eqxreg.Constraint(linear, "weight", p)
+    params, static = eqx.partition(wrapped, eqx.is_inexact_array)
+    call = jax.jit(lambda params, x: eqx.combine(params, static)(x))
+    compiled = call.lower(params, jnp.ones(SIZE)).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary // (4 * SIZE * SIZE) == copies
