@@ -196,38 +196,30 @@ def _batched_scaled_norm(weight, axes):
 
 def _norm_by_cases(weight, axes):
     squares = jnp.sum(squared_magnitude(weight), axis=axes, keepdims=True)
-    info = jnp.finfo(squares.dtype)
-    size = weight.size // max(squares.size, 1)
-    # Below this, what was flushed to zero may be more than rounding.
-    smallest = float(info.tiny) / float(info.eps) * max(size, 1)
-    trusted = jnp.isfinite(squares) & (squares >= smallest)
+    scale = _scale_for(squares, weight.size // max(squares.size, 1))
 
-    def plain(weight, squares):
-        del weight
-        return jnp.sqrt(squares), jnp.ones_like(squares)
+    def plain(weight, squares, scale):
+        return jnp.sqrt(squares)
 
-    def careful(weight, squares):
-        del squares
-        peak = _largest_part(weight, axes)
-        # Two fixed powers of two bring every peak to where its square is in range.
-        down, up = 2.0 ** -(0.7 * info.maxexp // 1), 2.0 ** (0.625 * info.maxexp // 1)
-        large, small = 2.0 ** (0.4 * info.maxexp), 2.0 ** (-0.4 * info.maxexp)
-        one = jnp.ones_like(peak)
-        scale = jnp.where(peak < small, up * one, one)
-        scale = jnp.where(peak >= large, down * one, scale)
+    def careful(weight, squares, scale):
         scaled = weight * scale.astype(weight.dtype)
-        squares = jnp.sum(squared_magnitude(scaled), axis=axes, keepdims=True)
-        return jnp.sqrt(squares), scale
+        return jnp.sqrt(jnp.sum(squared_magnitude(scaled), axis=axes, keepdims=True))
 
-    return lax.cond(jnp.all(trusted), plain, careful, weight, squares)
+    norm = lax.cond(jnp.all(scale == 1), plain, careful, weight, squares, scale)
+    return norm, scale
 
 
-def _largest_part(weight, axes):
-    if jnp.iscomplexobj(weight):
-        parts = jnp.maximum(jnp.abs(lax.real(weight)), jnp.abs(lax.imag(weight)))
-    else:
-        parts = jnp.abs(weight)
-    return jnp.max(parts, axis=axes, keepdims=True, initial=0)
+def _scale_for(squares: Float[Array, "*norms"], count: int) -> Float[Array, "*norms"]:
+    """The power of two to scale slices of `count` entries by, so that sums of their
+    squares are in range, from these sums as they are: 1 unless they are not finite, or
+    so small that what was flushed to zero may be more than rounding."""
+    info = jnp.finfo(squares.dtype)
+    smallest = float(info.tiny) / float(info.eps) * max(count, 1)
+    # Two fixed powers of two bring all that is out of range into it.
+    up, down = 2.0 ** (0.625 * info.maxexp // 1), 2.0 ** -(0.7 * info.maxexp // 1)
+    one = jnp.ones_like(squares)
+    scale = jnp.where(squares < smallest, up * one, one)
+    return jnp.where(jnp.isfinite(squares), scale, down * one)
 
 
 def frobenius_norm(x: Inexact[Array, "..."]) -> Float[Array, ""]:
