@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Inexact
 
 from ._factors import singular_derivative
 from ._norms import anywhere, is_half, real_dtype, squared_magnitude, widen
-from ._singular import adjoint, lanczos, matmul, of_matrix, start_vector
+from ._singular import adjoint, fixed_vector, lanczos, matmul, of_matrix, start_vector
 
 
 Way: TypeAlias = Literal["factorisation", "products"]
@@ -152,45 +152,64 @@ def polished(x: Matrices) -> Matrices:
 
 
 # Compiled as a whole, for outside of `jit` every loop is compiled anew in every call.
-_compiled = ft.partial(jax.jit, static_argnames="method", inline=True)
+_compiled = ft.partial(jax.jit, inline=True)
 
 
-@_compiled
-def polar(matrices: Matrices, method: Way | None = None) -> Matrices:
+@ft.partial(_compiled, static_argnames=("tol", "method"))
+def polar(matrices: Matrices, tol: float, method: Way | None = None) -> Matrices:
     r"""$U V^H$ of matrices $U \Sigma V^H$: the nearest matrices with orthonormal
     columns or, if they are wide, rows. Where a singular value is zero, some orthonormal
-    direction is chosen.
+    direction is chosen. A matrix whose `orthogonality_error` is at most `tol` keeps its
+    bits.
 
     The derivative is `singular_derivative` with $f = 1$; a direction of no length,
     relatively, has none.
     """
-    result = as_tall(_if_finite(ft.partial(_polar, method)), widen(matrices))
-    return result.astype(matrices.dtype)
+    nearest = _if_finite(ft.partial(_polar, tol, method))
+    return as_tall(nearest, widen(matrices)).astype(matrices.dtype)
 
 
-@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _polar(method, tall):
-    tall, _ = normal_range(tall)
-    gram = gram_of(tall)
-    spread = _norm_bound(gram - _eye_like(gram), 1)
+@ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _polar(tol, method, tall):
+    scaled, scale = normal_range(tall)
+    none = (jnp.full(scale.shape, jnp.inf, scale.dtype),) * 2
+    # Most matrices are far from orthogonal, and one vector is enough to see that.
+    looked_at = anywhere(jnp.any(_moved(scaled) < 0.5))
+    spread, error = lax.cond(looked_at, _distances, lambda _: none, scaled)
     # All squares of singular values are then within `spread` of 1.
     near = spread < 0.5
 
-    def from_near(tall, gram):
-        del gram
+    def from_near(scaled, spread):
         low = jnp.sqrt((1 - spread) / (1 + spread))
-        return _iterate(tall / jnp.sqrt(1 + spread).astype(tall.dtype), low)
+        return _iterate(scaled / jnp.sqrt(1 + spread).astype(scaled.dtype), low)
 
-    def from_afar(tall, gram):
-        return by_platform(method, _polar_by_svd, _polar_by_products, tall, gram)
+    def from_afar(scaled, spread):
+        del spread
+        return by_platform(method, _polar_by_svd, _polar_by_products, scaled)
 
-    return lax.cond(~anywhere(jnp.any(~near)), from_near, from_afar, tall, gram)
+    far = anywhere(jnp.any(~near))
+    result = lax.cond(far, from_afar, from_near, scaled, spread)
+    return jnp.where((error <= tol) & (scale == 1), tall, result)
+
+
+def _moved(tall: Matrices) -> Float[Array, " blocks"]:
+    """How far $A^H A$ moves some unit vector."""
+    vector = fixed_vector(tall.shape[-1], tall.dtype)
+    image = matmul(adjoint(tall), matmul(tall, vector)[..., None])[..., 0]
+    return jnp.sqrt(jnp.sum(squared_magnitude(image - vector[None]), axis=-1))
+
+
+def _distances(tall: Matrices) -> tuple[Array, Array]:
+    """A bound on the spectral norm of $A^H A - I$, and its largest entry."""
+    gram = gram_of(tall)
+    spread = _norm_bound(gram - _eye_like(gram), 1)
+    return spread, orthogonality_error(gram)[..., None, None]
 
 
 @_polar.defjvp
-def _(method, primals, tangents):
+def _(tol, method, primals, tangents):
     (tall,), (tangent,) = primals, tangents
-    q = _polar(method, tall)
+    q = _polar(tol, method, tall)
     scaled, scale = normal_range(tall)
     stretch = matmul(adjoint(q), scaled)
     s, v = jnp.linalg.eigh((stretch + adjoint(stretch)) / 2, symmetrize_input=False)
@@ -211,15 +230,14 @@ def _inverse(x: Array, floor: Array) -> Array:
     return jnp.where(above, 1 / jnp.where(above, x, 1), 0)
 
 
-def _polar_by_svd(tall, gram):
-    del gram
+def _polar_by_svd(tall):
     u, _, vh = jnp.linalg.svd(tall, full_matrices=False)
-    return polished(matmul(u, vh))
+    return matmul(u, vh)
 
 
-def _polar_by_products(tall, gram):
+def _polar_by_products(tall):
     eps = float(jnp.finfo(tall.dtype).eps)
-    high = jnp.sqrt(_norm_bound(gram, 2) * (1 + 64 * eps))
+    high = jnp.sqrt(_norm_bound(gram_of(tall), 2) * (1 + 64 * eps))
     x = tall / jnp.where(high > 0, high, 1).astype(tall.dtype)
     # Where there is no direction, this is one: it is no larger than the rounding of
     # the matrix itself.
@@ -230,7 +248,7 @@ def _polar_by_products(tall, gram):
 # The cap.
 
 
-@_compiled
+@ft.partial(_compiled, static_argnames="method")
 def cap(
     matrices: Matrices, bound: Float[Array, ""], method: Way | None = None
 ) -> Matrices:
@@ -311,6 +329,8 @@ def _right_factors(tall):
     """The right singular vectors, their images, and the norms of these: the singular
     values, which are more exact than the roots of the eigenvalues."""
     _, v = jnp.linalg.eigh(gram_of(tall), symmetrize_input=False)
+    # What LAPACK leaves of their inner products would be multiplied with all else.
+    v = polished(v)
     images = matmul(tall, v)
     return v, images, jnp.sqrt(jnp.sum(squared_magnitude(images), axis=-2))
 
@@ -327,17 +347,19 @@ def _cap_by_eigh(aim, tall, bounds):
         top = jnp.max(s, axis=-1, keepdims=True)
         bound = bounds * scale
         # What is far above the bound would leave its rounding behind: it comes down in
-        # stages, and the last one takes away from the matrix instead of making it anew.
-        # NaNs end it.
-        last = ~(top > 2 * bound)
+        # stages. The last one makes the matrix anew or, if there is little to take away
+        # from it, takes that away. NaNs end it.
+        last, near = ~(top > 4.2 * bound), ~(top > 2 * bound)
         stage = jnp.where(last, bound, jnp.maximum(1.25 * bound, top / 16))
-        above = s > stage
-        goal = jnp.where(last, aim * stage, stage)
-        factor = jnp.where(above, goal / jnp.where(above, s, 1), 1)
-        weights = (factor - last.astype(factor.dtype)).astype(x.dtype)
+        any_above = jnp.any(s > stage, axis=-1, keepdims=True)
+        # What is just below the bound might be lifted over it by rounding, and LAPACK's
+        # is relative to the square of the largest.
+        slack = 3 * jnp.finfo(s.dtype).eps * jnp.where(near, 0, top / bound) ** 2
+        goal = jnp.where(last, (aim - slack) * stage, stage)
+        factor = jnp.minimum(goal / jnp.where(s > 0, s, goal), 1)
+        weights = (factor - near.astype(factor.dtype)).astype(x.dtype)
         result = matmul(images * weights, adjoint(v))
-        result = jnp.where(last, x + result, result)
-        any_above = jnp.any(above, axis=-1, keepdims=True)
+        result = jnp.where(near, x + result, result)
         result = jnp.where(any_above, result / scale.astype(x.dtype), before)
         return result, jnp.where(last, bounds, jnp.inf), moved | any_above
 

@@ -17,7 +17,6 @@ from .._norms import (
     squared_magnitude,
     tolerance,
     widen,
-    with_derivative_of,
 )
 from .._polar import Way, as_tall, gram_of, orthogonality_error, polar
 from .._singular import adjoint, matmul
@@ -98,28 +97,17 @@ class Orthogonal(MatrixProjection):
     def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         self.check(raw)
         tol = tolerance(raw.dtype)
-
-        def nearest(matrices):
-            nearest = polar(matrices, self.method)
-            there = _is_orthogonal(matrices, tol)[:, None, None]
-            # Of the same derivative, and of the same bits where there is nothing to do.
-            kept = jnp.where(there, matrices, nearest)
-            return with_derivative_of(kept, nearest)
-
-        return on_matrices(self, nearest, raw)
+        return on_matrices(self, lambda m: polar(m, tol, self.method), raw)
 
     def contains(
         self, weight: Inexact[Array, "..."], tol: ArrayLike | None = None
     ) -> Bool[Array, ""]:
         tol = tolerance(weight.dtype) if tol is None else tol
         matrices = to_matrices(weight, self.matrix, self.blocks)
-        return jnp.all(_is_orthogonal(matrices, tol))
-
-
-def _is_orthogonal(matrices: Array, tol: ArrayLike) -> Bool[Array, " blocks"]:
-    wide = widen(matrices)
-    is_tall = wide.shape[-2] >= wide.shape[-1]
-    return orthogonality_error(gram_of(wide if is_tall else adjoint(wide))) <= tol
+        wide = widen(matrices)
+        is_tall = wide.shape[-2] >= wide.shape[-1]
+        gram = gram_of(wide if is_tall else adjoint(wide))
+        return jnp.all(orthogonality_error(gram) <= tol)
 
 
 class AlmostOrthogonal(MatrixMap):
