@@ -5,42 +5,32 @@ TPUs, for one v5e chip and for four, and counts what the program does: bytes, fl
 peak memory and collectives. Then it checks the counts against bounds, and lowers every
 map and transform for cuda, rocm and tpu. `--platform cuda` compiles the same steps for
 an H100 and counts kernels. Nothing runs, so there are no times. Run
-`python benchmarks/accelerators.py --help` for the flags.
+`python benchmarks/accelerators.py --help` for the flags. What is read from a program's
+text is in `programs.py`, and the lowering in `lowering.py`.
 
 The step is SGD in float32 on a 4096 x 4096 `eqx.nn.Linear`, with the parameters
 donated. Products have JAX's default precision: on a TPU one pass in bfloat16.
 """
 
-import os
-
-
-# The compiler asks neither a metadata server nor a device. Read at import.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-
-import collections
 import dataclasses
-import functools as ft
-import importlib.metadata
 import json
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+# First, for it sets what the compilers read from the environment.
+import compilers
 import equinox as eqx
 import eqxreg
 import jax
 import jax.numpy as jnp
+import lowering
 import numpy as np
 import optax
 import tyro
-from jax import export
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from programs import Moved, Program
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -51,7 +41,6 @@ BATCHES = (256, 4096)
 RATE = 1e-3
 BOUND = 1.0
 CHIPS = {"one chip": (1, 1), "2 x 2": (2, 2)}
-LOWERED_FOR = ("cuda", "rocm", "tpu")
 
 Role: TypeAlias = Literal["weight", "data", "other"]
 
@@ -70,288 +59,6 @@ class Flags:
     """What the compiler for GPUs is to know of the GPU."""
     json: Path | None = None
     """A JSON file for all numbers."""
-
-
-# Programs, as the compiler prints them.
-
-
-class Instruction(NamedTuple):
-    """One line of a program."""
-
-    name: str
-    type: str
-    op: str
-    operands: tuple[str, ...]
-    called: tuple[str, ...]
-    """The computations that it runs: the sides of a conditional, the body of a loop."""
-    condition: str
-    """The computation that says whether a loop goes on."""
-    channel: str
-    """What names a collective in all of its pieces."""
-
-
-class Traffic(NamedTuple):
-    """Bytes that are read and written."""
-
-    counted: float = 0.0
-    """As XLA's cost analysis counts them."""
-    hbm: float = 0.0
-    """To and from the main memory of the chip, where a transfer counts once."""
-
-    def __add__(self, other: "Traffic") -> "Traffic":  # type: ignore[override]
-        return Traffic(self.counted + other.counted, self.hbm + other.hbm)
-
-    def looped(self, trips: int) -> "Traffic":
-        """XLA counts the body of a loop once."""
-        return Traffic(self.counted, trips * self.hbm)
-
-
-class Moved(NamedTuple):
-    """What collectives of one kind move."""
-
-    number: int
-    bytes: int
-    """What comes out of them, on each chip."""
-
-
-class Piece(NamedTuple):
-    """One line that is a collective, or a part of one."""
-
-    kind: str
-    channel: str
-    bytes: int
-    times: int
-
-
-_DTYPE_BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
-_ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\](\{[^}]*\})?")
-_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_CALLS = re.compile(
-    r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation"
-    r"|called_computations|async_computation)=(\{[^}]*\}|%?[\w.\-]+)"
-)
-_CHANNEL = re.compile(r"channel_id=(\d+)")
-_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-_FREE = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "after-all",
-    "partition-id",
-    "replica-id",
-    "opt-barrier",
-}
-COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-)
-
-
-def array_bytes(text: str) -> Iterator[tuple[int, bool]]:
-    """The size of each array in a type, and whether it is in the main memory."""
-    for dtype, dims, layout in _ARRAY.findall(text):
-        digits = re.search(r"\d+", dtype)
-        bits = _DTYPE_BITS.get(dtype, int(digits.group()) if digits else 0)
-        count = int(np.prod([int(d) for d in dims.split(",") if d], dtype=np.int64))
-        yield count * bits // 8, "S(" not in layout
-
-
-def type_bytes(text: str, hbm_only: bool = False) -> int:
-    """The size of all arrays in a type."""
-    return sum(n for n, is_hbm in array_bytes(text) if is_hbm or not hbm_only)
-
-
-def _split_at_space(text: str) -> tuple[str, str]:
-    """A type and what follows it: types have spaces, but only in parentheses."""
-    depth = 0
-    for i, char in enumerate(text):
-        depth += (char == "(") - (char == ")")
-        if char == " " and depth == 0:
-            return text[:i], text[i + 1 :]
-    return text, ""
-
-
-class Program:
-    """A compiled program, read from its text."""
-
-    def __init__(self, text: str):
-        self.entry = ""
-        self.computations: dict[str, list[Instruction]] = {}
-        current: list[Instruction] | None = None
-        for line in text.splitlines():
-            if header := _HEADER.match(line):
-                current = self.computations.setdefault(header[2], [])
-                self.entry = header[2] if header[1] else self.entry
-            elif line.startswith("}"):
-                current = None
-            elif current is not None and (found := _LINE.match(line)):
-                current.append(_instruction(*found.groups()))
-
-    def traffic(self, usual: bool, name: str | None = None) -> Traffic:
-        """The traffic of a computation, by default of the program. Of each conditional
-        the cheaper side counts if `usual`, else the dearer one. A fusion counts by what
-        goes in and comes out."""
-        total = Traffic()
-        types = {i.name: i.type for i in self._of(name)}
-        for i in self._of(name):
-            if i.op in ("conditional", "while", "call"):
-                inner = [self.traffic(usual, c) for c in i.called]
-                if i.op == "conditional":
-                    choose = min if usual else max
-                    total += choose(inner, key=lambda t: t.counted)
-                else:
-                    both = ft.reduce(Traffic.__add__, inner, Traffic())
-                    total += both.looped(self._trips(i))
-            elif i.op == "fusion":
-                hbm = self._fusion_hbm(i, types)
-                total += Traffic(_own_traffic(i, types).counted, hbm)
-            elif i.op not in _FREE:
-                total += _own_traffic(i, types)
-        return total
-
-    def _fusion_hbm(self, fusion: Instruction, types: dict[str, str]) -> int:
-        """What a fusion reads and writes. Of an operand that it only slices, and of a
-        result that it only updates, that part: stacked layers are met in this way."""
-        within = self._of(fusion.called[0]) if fusion.called else []
-        total = 0 if _updated(within) else type_bytes(fusion.type, hbm_only=True)
-        total += type_bytes(_updated(within), hbm_only=True)
-        parameters = [i for i in within if i.op == "parameter"]
-        numbers = {i.name: int(i.operands[0]) for i in parameters if i.operands}
-        sliced: dict[int, int] = {}
-        for name, number in numbers.items():
-            users = [i for i in within if name in i.operands]
-            if users and all(
-                i.op in ("dynamic-slice", "dynamic-update-slice")
-                and i.operands[0] == name
-                for i in users
-            ):
-                slices = (i for i in users if i.op == "dynamic-slice")
-                sliced[number] = sum(type_bytes(i.type) for i in slices)
-        for number, operand in enumerate(fusion.operands):
-            whole = type_bytes(types.get(operand, ""), hbm_only=True)
-            total += min(whole, sliced.get(number, whole))
-        return total
-
-    def collectives(self, usual: bool) -> dict[str, Moved]:
-        """What collectives move: count and bytes of each kind. Those in loops count for
-        each trip. Of each conditional the side with fewer counts if `usual`, else the
-        one with more."""
-        # One that works behind others is in the program in several pieces, of the same
-        # channel. It happens as often as the piece that is met least.
-        pieces: dict[Any, list[Piece]] = collections.defaultdict(list)
-        for number, piece in enumerate(self._pieces(usual)):
-            pieces[piece.channel or ("none", number)].append(piece)
-        found: dict[str, Moved] = {}
-        for group in pieces.values():
-            kind, _, size, times = min(group, key=lambda piece: piece.times)
-            before = found.get(kind, Moved(0, 0))
-            found[kind] = Moved(before.number + times, before.bytes + times * size)
-        return found
-
-    def _pieces(self, usual: bool, name: str | None = None) -> list["Piece"]:
-        found: list[Piece] = []
-        types = {i.name: i.type for i in self._of(name)}
-        for i in self._of(name):
-            kind = i.op.removesuffix("-start")
-            if kind in COLLECTIVES:
-                size = type_bytes(i.type)
-                if i.op.endswith("-start") and kind != "all-reduce":
-                    # What starts returns what went in as well.
-                    size -= sum(type_bytes(types.get(o, "")) for o in i.operands)
-                found.append(Piece(kind, i.channel, size, 1))
-            inner = [self._pieces(usual, c) for c in i.called]
-            if i.op == "conditional":
-                inner = [(min if usual else max)(inner, key=len)]
-            times = self._trips(i)
-            found += [p._replace(times=times * p.times) for side in inner for p in side]
-        return found
-
-    def kernels(self, usual: bool, name: str | None = None) -> collections.Counter:
-        """What a GPU is given to do, by kind."""
-        found: collections.Counter = collections.Counter()
-        for i in self._of(name):
-            if i.op == "conditional":
-                sides = [self.kernels(usual, c) for c in i.called]
-                found += (min if usual else max)(sides, key=lambda c: c.total())
-            elif i.op in ("while", "call", "async-start"):
-                for c in i.called:
-                    for op, count in self.kernels(usual, c).items():
-                        found[op] += self._trips(i) * count
-            elif i.op not in _FREE and not i.op.endswith("-done"):
-                found[i.op] += 1
-        return found
-
-    def _trips(self, loop: Instruction) -> int:
-        """How often a loop runs, if it counts from zero to a constant; else 1."""
-        within = {i.name: i for i in self._of(loop.condition)} if loop.condition else {}
-        last = list(within.values())[-1:]
-        for name in last[0].operands if last and last[0].op == "compare" else ():
-            if name in within and within[name].op == "constant":
-                return int(within[name].operands[0])
-        return 1
-
-    def _of(self, name: str | None) -> list[Instruction]:
-        return self.computations.get(self.entry if name is None else name, [])
-
-
-def _updated(within: list[Instruction]) -> str:
-    """The type of what a fusion puts in a larger array that it returns, if it does."""
-    types = {i.name: i.type for i in within}
-    updates = [i for i in within if i.op == "dynamic-update-slice"]
-    if not updates or updates[-1].type not in within[-1].type:
-        return ""
-    return types.get(updates[-1].operands[1], "")
-
-
-def _instruction(name: str, rest: str) -> Instruction:
-    type_, rest = _split_at_space(rest)
-    op, _, rest = rest.partition("(")
-    depth, end = 1, 0
-    for end, char in enumerate(rest):  # noqa: B007
-        depth += (char == "(") - (char == ")")
-        if depth == 0:
-            break
-    # Parameters and constants have a number in their place.
-    is_leaf = op in ("parameter", "constant")
-    pattern = r"^-?\d+$" if is_leaf else r"%([\w.\-]+)"
-    operands = re.findall(pattern, rest[:end])
-    # A reduction's `to_apply` is arithmetic and no call.
-    is_call = op not in ("reduce", "scatter", "sort", "map", "reduce-window")
-    is_call = is_call and op.removesuffix("-start") not in COLLECTIVES
-    groups = _CALLS.findall(rest[end:]) if is_call else []
-    called = tuple(c for g in groups for c in re.findall(r"[\w.\-]+", g))
-    condition = _CONDITION.search(rest) if op == "while" else None
-    channel = _CHANNEL.search(rest)
-    return Instruction(
-        name,
-        type_,
-        op,
-        tuple(operands),
-        called,
-        condition[1] if condition else "",
-        channel[1] if channel else "",
-    )
-
-
-def _own_traffic(i: Instruction, types: dict[str, str]) -> Traffic:
-    read = [types.get(operand, "") for operand in i.operands]
-    if i.op in ("copy-start", "slice-start"):
-        # The result names the destination first and the source again.
-        sizes = [(n, is_hbm) for n, is_hbm in array_bytes(i.type)]
-        (target, is_hbm), *others = sizes if i.op == "copy-start" else sizes[1:]
-        from_hbm = bool(type_bytes(read[0], hbm_only=True))
-        return Traffic(2 * target, target * (is_hbm + from_hbm))
-    if i.op in ("copy-done", "slice-done"):
-        return Traffic(2 * type_bytes(i.type), 0)
-    whole = [i.type, *read]
-    hbm = sum(type_bytes(t, hbm_only=True) for t in whole)
-    return Traffic(sum(map(type_bytes, whole)), hbm)
 
 
 # Steps.
@@ -474,9 +181,9 @@ class Step:
 
 def compile_steps(console: Console) -> Iterator[Step]:
     """All variants, on each number of chips and with each batch."""
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    all_chips = compilers.tpus("v5e:2x2")
     for chips, dims in CHIPS.items():
-        devices = np.array(topology.devices[: int(np.prod(dims))]).reshape(dims)
+        devices = all_chips[: int(np.prod(dims))].reshape(dims)
         shard = on_mesh(Mesh(devices, ("data", "model")))
         for batch in BATCHES:
             for name, variant in VARIANTS.items():
@@ -584,147 +291,6 @@ def show_steps(console: Console, steps: list[Step]) -> None:
         )
 
 
-# Lowering.
-
-
-def every_map() -> dict[str, eqxreg.Parametrization]:
-    """One map of each kind, and each of its methods."""
-    inf = float("inf")
-    ball = eqxreg.MaxNorm(BOUND, axis="unit")
-    maps: list[eqxreg.Parametrization] = [
-        *(eqxreg.MaxNorm(BOUND, axis="unit", ord=o) for o in (1, 2, inf)),
-        eqxreg.MaxNorm(BOUND),
-        eqxreg.MinMaxNorm(0.5, BOUND, axis="unit"),
-        eqxreg.UnitNorm(axis="unit"),
-        eqxreg.NonNegative(),
-        eqxreg.Box(-BOUND, BOUND),
-        eqxreg.Simplex(),
-        *(eqxreg.SpectralNorm(method=m) for m in ("lanczos", "gram", "svd")),
-        *(eqxreg.SpectralScale(method=m) for m in ("lanczos", "gram", "svd")),
-        *(eqxreg.SpectralCap(method=m) for m in (None, "products", "factorisation")),
-        *(eqxreg.Orthogonal(method=m) for m in (None, "products", "factorisation")),
-        eqxreg.AlmostOrthogonal(),
-        eqxreg.Symmetric(),
-        eqxreg.SkewSymmetric(),
-        eqxreg.PositiveSemidefinite(),
-        eqxreg.LowRank(2),
-        eqxreg.Masked(np.tri(_SIDE, dtype=bool)),
-        eqxreg.Positive(),
-        eqxreg.Interval(-BOUND, BOUND),
-        eqxreg.Cayley(),
-        eqxreg.MatrixExp(),
-        eqxreg.StraightThrough(ball),
-        eqxreg.Chain(eqxreg.NonNegative(), ball),
-        eqxreg.Relative(ball),
-    ]
-    return {_name(p): p for p in maps}
-
-
-def every_transform() -> dict[str, Callable[[Any], optax.GradientTransformation]]:
-    """One transform of each kind, given the parameters."""
-    rate = RATE
-    step: dict[str, Any] = {"learning_rate": rate}
-    unit = eqxreg.MaxNorm(BOUND, axis="unit")
-    project = ft.partial(eqxreg.project, unit)
-    return {
-        "weight_decay": lambda _: eqxreg.weight_decay(rate),
-        "sign_decay": lambda _: eqxreg.sign_decay(rate),
-        "decay_towards": lambda params: eqxreg.decay_towards(params, rate),
-        "cautious_weight_decay": lambda _: eqxreg.cautious_weight_decay(rate),
-        "corrected_weight_decay": lambda _: eqxreg.corrected_weight_decay(rate, rate),
-        "independent_weight_decay": lambda _: eqxreg.independent_weight_decay(
-            rate, rate
-        ),
-        "soft_threshold": lambda _: eqxreg.soft_threshold(rate, **step),
-        "group_soft_threshold": lambda _: eqxreg.group_soft_threshold(rate, **step),
-        "elastic_net_prox": lambda _: eqxreg.elastic_net_prox(rate, rate, **step),
-        "project": lambda _: project(),
-        "project, every 10": lambda _: project(every=10),
-        "project, tangent": lambda _: project(momentum="tangent"),
-        "project, SpectralNorm": lambda _: eqxreg.project(eqxreg.SpectralNorm()),
-    }
-
-
-_SIDE = 64
-
-
-def _name(p: eqxreg.Parametrization) -> str:
-    """The class, and what is not at its default among what has few values."""
-    given = [getattr(p, name, None) for name in ("method", "axis", "ord")]
-    words = [str(value) for value in given if value is not None]
-    return ", ".join([type(p).__name__, *words])
-
-
-def unlisted(maps: Iterable[eqxreg.Parametrization]) -> list[str]:
-    """The public maps that `every_map` lacks."""
-    listed = {type(p).__name__ for p in maps}
-    public = {
-        name
-        for name, value in vars(eqxreg).items()
-        if isinstance(value, type) and issubclass(value, eqxreg.Parametrization)
-    }
-    return sorted(public - listed - {"Parametrization", "Projection"})
-
-
-def lower_all(console: Console) -> Iterator[tuple[str, str, str | None]]:
-    """The name of what is lowered, the platform, and the error if there is one."""
-    layer = eqx.nn.Linear(_SIDE, _SIDE, key=jax.random.key(0))
-    weight = jax.ShapeDtypeStruct((_SIDE, _SIDE), jnp.float32)
-
-    def map_step(p, raw):
-        return jax.value_and_grad(lambda raw: jnp.sum(p(raw) ** 2))(raw)
-
-    functions: dict[str, Callable] = {}
-    for name, p in every_map().items():
-        # Positive, for `Positive` has no other weights.
-        p, _ = p.bind(jnp.abs(layer.weight))
-        functions[name] = ft.partial(map_step, p)
-    for name, make in every_transform().items():
-        functions[name] = ft.partial(_update, make, layer)
-    functions["SpectralNormConstraint"] = ft.partial(_stateful_update, layer)
-    for name, function in functions.items():
-        for platform in LOWERED_FOR:
-            with console.status(f"lowering {name} for {platform}"):
-                try:
-                    export.export(jax.jit(function), platforms=[platform])(weight)
-                    error = None
-                except Exception as e:
-                    error = f"{type(e).__name__}: {str(e).splitlines()[0]}"
-            yield name, platform, error
-
-
-def _update(make: Callable, layer: Any, weight: Any) -> Any:
-    params = eqx.filter(layer, eqx.is_inexact_array)
-    transform = make(params)
-    params = eqx.tree_at(lambda layer: layer.weight, params, weight)
-    updates = jax.tree.map(jnp.ones_like, params)
-    return transform.update(updates, transform.init(params), params)[0]
-
-
-def _stateful_update(layer: Any, weight: Any) -> Any:
-    make = eqx.nn.make_with_state(eqxreg.SpectralNormConstraint)
-    wrapped, state = make(layer, "weight", key=jax.random.key(0))
-
-    def loss(weight):
-        where = lambda wrapped: wrapped.layer.weight
-        return jnp.sum(eqx.tree_at(where, wrapped, weight)(weight[0], state)[0])
-
-    return jax.grad(loss)(weight)
-
-
-def show_lowering(console: Console, results: list[tuple[str, str, str | None]]) -> None:
-    failed = [(n, p, error) for n, p, error in results if error is not None]
-    names = len({name for name, *_ in results})
-    platforms = ", ".join(LOWERED_FOR)
-    console.print(
-        f"Lowered {names} maps and transforms, with their gradients, for {platforms}: "
-        f"{len(failed)} of {len(results)} failed.",
-        soft_wrap=True,
-    )
-    for name, platform, error in failed:
-        console.print(f"  {name}, {platform}: {error}", markup=False, soft_wrap=True)
-
-
 # Kernels on GPUs.
 
 
@@ -743,13 +309,7 @@ class Kernels:
 
 def compile_kernels(console: Console, target: Path) -> Iterator[Kernels]:
     """All variants with each batch, on one GPU."""
-    topology = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name="",
-        topology="1x1x1",
-        target_config=target.read_text(encoding="utf-8"),
-    )
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    sharding = jax.sharding.SingleDeviceSharding(compilers.gpu(target))
     for batch in BATCHES:
         for name, variant in VARIANTS.items():
             with console.status(f"batch {batch}: {name}"):
@@ -798,22 +358,11 @@ def new_table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
 
 
-def about() -> dict[str, str]:
-    """With what the numbers were made."""
-    versions = {}
-    for name in ("eqxreg", "equinox", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
 def run(flags: Flags) -> bool:
     """Counts everything, prints the tables and writes the file. Whether all holds."""
     console = Console(highlight=False)
     fine = True
-    numbers: dict[str, Any] = {"about": about()}
+    numbers: dict[str, Any] = {"about": compilers.about()}
     if flags.platform == "cuda":
         kernels = list(compile_kernels(console, flags.target))
         show_kernels(console, kernels)
@@ -829,11 +378,11 @@ def run(flags: Flags) -> bool:
             fine = fine and holds
         numbers["checks"] = dict(checks)
     if flags.platform == "tpu" and flags.lowering:
-        missing = unlisted(every_map().values())
+        missing = lowering.unlisted()
         if missing:
             console.print(f"Not lowered: {', '.join(missing)}.")
-        results = list(lower_all(console))
-        show_lowering(console, results)
+        results = list(lowering.lower_all(console))
+        lowering.show(console, results)
         numbers["lowering"] = results
         fine = fine and not missing and all(error is None for *_, error in results)
     if flags.json is not None:

@@ -23,19 +23,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# First, for it sets what the compiler needs.
-import accelerators
+# First, for it sets what the compiler reads from the environment.
+import compilers
 import equinox as eqx
 import eqxreg
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import tyro
-from accelerators import Moved, Program
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, PRNGKeyArray
+from programs import Moved, Program
 from rich.console import Console
 
 
@@ -296,8 +294,7 @@ class Count:
 
 def compile_all(console: Console, flags: Flags) -> Iterator[Count]:
     for pod in flags.pods:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=pod)
-        devices = np.array(topology.devices).reshape(-1, TENSOR_PARALLEL)
+        devices = compilers.tpus(pod).reshape(-1, TENSOR_PARALLEL)
         mesh = Mesh(devices, ("data", "model"))
         for name, variant in VARIANTS.items():
             with console.status(f"{pod}: {name}"):
@@ -365,7 +362,7 @@ def run(flags: Flags) -> bool:
         if flags.json is not None:
             # After each, for they take minutes.
             rows = [dataclasses.asdict(c) for c in counts]
-            text = json.dumps({"about": accelerators.about(), "counts": rows}, indent=2)
+            text = json.dumps({"about": compilers.about(), "counts": rows}, indent=2)
             flags.json.write_text(text + "\n", encoding="utf-8")
     print(markdown(counts))
     wrong = list(gathers_more(counts))
