@@ -245,8 +245,7 @@ def check_steps(steps: list[Step]) -> Iterator[tuple[str, bool]]:
         yield text, ratio <= limit
     for step in steps:
         base = by_name[step.chips, step.batch, PLAIN]
-        none = Moved(0, 0)
-        gathers = [s.all_collectives.get("all-gather", none) for s in (step, base)]
+        gathers = [s.all_collectives.get("all-gather", Moved()) for s in (step, base)]
         if step is not base and step.chips != "one chip":
             more = gathers[0].bytes - gathers[1].bytes
             text = f"{step.variant}, batch {step.batch}, {step.chips}: "
@@ -305,6 +304,8 @@ class Kernels:
     step: dict[str, int]
     rare: int
     """How many more there are in the other sides of conditionals."""
+    bytes: float
+    """What the kernels of the step read and write, derived from the program's text."""
 
 
 def compile_kernels(console: Console, target: Path) -> Iterator[Kernels]:
@@ -326,6 +327,7 @@ def compile_kernels(console: Console, target: Path) -> Iterator[Kernels]:
                 forward=dict(first.kernels(usual=True)),
                 step=dict(usual),
                 rare=whole.kernels(usual=False).total() - usual.total(),
+                bytes=whole.traffic(usual=True).hbm,
             )
 
 
@@ -334,7 +336,7 @@ def show_kernels(console: Console, results: list[Kernels]) -> None:
         group = [k for k in results if k.batch == batch]
         table = new_table(f"H100, batch {batch}: kernels")
         table.add_column("step", no_wrap=True)
-        titles = ("forward", "added", "whole step", "added", "in rare branches")
+        titles = ("forward", "added", "step", "added", "in rare branches", "bytes")
         for title in titles:
             table.add_column(title, justify="right")
         base = group[0]
@@ -347,8 +349,10 @@ def show_kernels(console: Console, results: list[Kernels]) -> None:
                 str(step),
                 f"{step - sum(base.step.values()):+d}",
                 str(k.rare),
+                f"{k.bytes / base.bytes:.2f}",
             )
         console.print(table)
+        console.print(f"1.00 is {base.bytes / 1e6:.0f} MB.\n", soft_wrap=True)
 
 
 # All of it.

@@ -3,7 +3,8 @@
 One training step is compiled by the compiler for real TPUs, for 256 chips (v5e:16x16)
 and for 4,096 (v5p:16x16x16), on a machine that has none of them. No array is ever made:
 the model is built from shapes. Counted, for one chip and one step, are collectives,
-what they move, and the peak of the memory. Nothing runs, so there are no times. Run
+what they move, the traffic of the main memory and its peak. Nothing runs, so there are
+no times. Run
 `python benchmarks/pods.py --help` for the flags.
 
 The transformer: 80 scanned layers, 8192 wide, 64 heads that share 8 keys and values, a
@@ -33,7 +34,7 @@ import optax
 import tyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, PRNGKeyArray
-from programs import Moved, Program
+from programs import Moved, Program, all_moved
 from rich.console import Console
 
 
@@ -277,9 +278,12 @@ class Count:
     chips: int
     variant: str
     collectives: dict[str, Moved]
-    """With the cheaper side of each conditional, which is nearly always taken."""
+    """With the side of each conditional that moves less, which is nearly always taken.
+    """
     all_collectives: dict[str, Moved]
-    """With the dearer one."""
+    """With the one that moves more."""
+    hbm: float
+    """Bytes to and from the main memory, on the former way."""
     peak: float
     seconds: float
     """What compiling took."""
@@ -288,8 +292,7 @@ class Count:
     def gathered(self) -> int:
         """Bytes gathered at most. The compiler writes gathers as permutations too."""
         kinds = ("all-gather", "collective-permute")
-        none = Moved(0, 0)
-        return sum(self.all_collectives.get(kind, none).bytes for kind in kinds)
+        return sum(self.all_collectives.get(kind, Moved()).bytes for kind in kinds)
 
 
 def compile_all(console: Console, flags: Flags) -> Iterator[Count]:
@@ -311,6 +314,7 @@ def compile_all(console: Console, flags: Flags) -> Iterator[Count]:
                 variant=name,
                 collectives=program.collectives(usual=True),
                 all_collectives=program.collectives(usual=False),
+                hbm=program.traffic(usual=True).hbm,
                 peak=compiled.memory_analysis().peak_memory_in_bytes,
                 seconds=seconds,
             )
@@ -321,20 +325,20 @@ def markdown(counts: list[Count]) -> str:
     lines = []
     for pod in dict.fromkeys(c.pod for c in counts):
         group = [c for c in counts if c.pod == pod]
-        kinds = sorted({kind for c in group for kind in c.collectives})
+        kinds = sorted({kind for c in group for kind in c.all_collectives})
         titles = [f"{group[0].chips:,} chips ({pod})", *kinds]
-        titles += ["moved, GB", "with the rare branches, GB", "peak, GB"]
+        titles += ["moved, GB", "with the rare branches, GB", "HBM, GB", "peak, GB"]
         lines += [
             "| " + " | ".join(titles) + " |",
             "| --- |" + " ---: |" * (len(titles) - 1),
         ]
         for c in group:
-            counted = [c.collectives.get(kind, Moved(0, 0)).number for kind in kinds]
-            both = (c.collectives, c.all_collectives)
-            moved = [sum(m.bytes for m in found.values()) for found in both]
+            counted = [c.collectives.get(kind, Moved()).number for kind in kinds]
+            moved = [all_moved(m)[0] for m in (c.collectives, c.all_collectives)]
             numbers = (
                 *(f"{n:,}" for n in counted),
                 *(f"{n / 1e9:.2f}" for n in moved),
+                f"{c.hbm / 1e9:,.0f}",
                 f"{c.peak / 1e9:.2f}",
             )
             lines.append("| " + " | ".join((c.variant, *numbers)) + " |")

@@ -6,10 +6,11 @@ trips. What is compiled is in `accelerators.py` and `pods.py`.
 """
 
 import collections
+import dataclasses
 import functools as ft
 import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Set
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,11 +26,10 @@ class Instruction(NamedTuple):
     """The computations that it runs: the sides of a conditional, the body of a loop."""
     condition: str
     """The computation that says whether a loop goes on."""
-    channel: str
-    """What names a collective in all of its pieces."""
 
 
-class Traffic(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Traffic:
     """Bytes that are read and written."""
 
     counted: float = 0.0
@@ -37,7 +37,7 @@ class Traffic(NamedTuple):
     hbm: float = 0.0
     """To and from the main memory of the chip, where a transfer counts once."""
 
-    def __add__(self, other: "Traffic") -> "Traffic":  # type: ignore[override]
+    def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(self.counted + other.counted, self.hbm + other.hbm)
 
     def looped(self, trips: int) -> "Traffic":
@@ -45,21 +45,19 @@ class Traffic(NamedTuple):
         return Traffic(self.counted, trips * self.hbm)
 
 
-class Moved(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Moved:
     """What collectives of one kind move."""
 
-    number: int
-    bytes: int
-    """What comes out of them, on each chip."""
+    number: int = 0
+    bytes: int = 0
+    """What goes into them or what comes out, whichever is more, on each chip."""
 
+    def __add__(self, other: "Moved") -> "Moved":
+        return Moved(self.number + other.number, self.bytes + other.bytes)
 
-class Piece(NamedTuple):
-    """One line that is a collective, or a part of one."""
-
-    kind: str
-    channel: str
-    bytes: int
-    times: int
+    def looped(self, trips: int) -> "Moved":
+        return Moved(trips * self.number, trips * self.bytes)
 
 
 _DTYPE_BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
@@ -70,7 +68,6 @@ _CALLS = re.compile(
     r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation"
     r"|called_computations|async_computation)=(\{[^}]*\}|%?[\w.\-]+)"
 )
-_CHANNEL = re.compile(r"channel_id=(\d+)")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _FREE = {
     "parameter",
@@ -154,62 +151,67 @@ class Program:
                 total += _own_traffic(i, types)
         return total
 
-    def _fusion_hbm(self, fusion: Instruction, types: dict[str, str]) -> int:
+    def _fusion_hbm(self, fusion: Instruction, types: dict[str, str]) -> float:
         """What a fusion reads and writes. Of an operand that it only slices, and of a
-        result that it only updates, that part: stacked layers are met in this way."""
+        result that it only updates, that part: stacked layers are met in this way. Of
+        a collective that it goes on with, nothing: what started it has counted it."""
         within = self._of(fusion.called[0]) if fusion.called else []
-        total = 0 if _updated(within) else type_bytes(fusion.type, hbm_only=True)
-        total += type_bytes(_updated(within), hbm_only=True)
-        parameters = [i for i in within if i.op == "parameter"]
-        numbers = {i.name: int(i.operands[0]) for i in parameters if i.operands}
-        sliced: dict[int, int] = {}
-        for name, number in numbers.items():
-            users = [i for i in within if name in i.operands]
-            if users and all(
-                i.op in ("dynamic-slice", "dynamic-update-slice")
-                and i.operands[0] == name
-                for i in users
-            ):
-                slices = (i for i in users if i.op == "dynamic-slice")
-                sliced[number] = sum(type_bytes(i.type) for i in slices)
-        for number, operand in enumerate(fusion.operands):
-            whole = type_bytes(types.get(operand, ""), hbm_only=True)
-            total += min(whole, sliced.get(number, whole))
+        if not within:
+            return _own_traffic(fusion, types).hbm
+        if fusion.name.startswith("async-collective-done"):
+            return 0
+        goes_on = _goes_on(fusion, fusion.called[0])
+        idle = {within[-1].name} if goes_on else set()
+        idle |= {i.name for i in within if goes_on and i.op in COLLECTIVES}
+        total = _written(within, idle)
+        for i in within:
+            if i.op == "parameter" and i.operands:
+                operand = fusion.operands[int(i.operands[0])]
+                whole = type_bytes(types.get(operand, ""), hbm_only=True)
+                total += self._read(within, i.name, whole, idle)
         return total
 
-    def collectives(self, usual: bool) -> dict[str, Moved]:
-        """What collectives move: count and bytes of each kind. Those in loops count for
-        each trip. Of each conditional the side with fewer counts if `usual`, else the
-        one with more."""
-        # One that works behind others is in the program in several pieces, of the same
-        # channel. It happens as often as the piece that is met least.
-        pieces: dict[Any, list[Piece]] = collections.defaultdict(list)
-        for number, piece in enumerate(self._pieces(usual)):
-            pieces[piece.channel or ("none", number)].append(piece)
-        found: dict[str, Moved] = {}
-        for group in pieces.values():
-            kind, _, size, times = min(group, key=lambda piece: piece.times)
-            before = found.get(kind, Moved(0, 0))
-            found[kind] = Moved(before.number + times, before.bytes + times * size)
-        return found
+    def _read(
+        self,
+        within: list[Instruction],
+        name: str,
+        whole: int,
+        idle: Set[str] = frozenset(),
+    ) -> int:
+        """What the instructions of a fusion read of an array that has `whole` bytes."""
+        total = whole if name == within[-1].name else 0
+        for user in (i for i in within if name in i.operands and i.name not in idle):
+            if user.op == "dynamic-slice" and user.operands[0] == name:
+                total += type_bytes(user.type)
+            elif user.op in ("bitcast", "pad"):
+                total += self._read(within, user.name, whole, idle)
+            elif user.op == "fusion":
+                inner = self._of(user.called[0])
+                number = str(user.operands.index(name))
+                for i in inner:
+                    if i.op == "parameter" and i.operands == (number,):
+                        total += self._read(inner, i.name, whole)
+            elif user.op != "dynamic-update-slice" or user.operands[0] != name:
+                total += whole
+        return min(total, whole)
 
-    def _pieces(self, usual: bool, name: str | None = None) -> list["Piece"]:
-        found: list[Piece] = []
+    def collectives(self, usual: bool, name: str | None = None) -> dict[str, Moved]:
+        """What collectives of each kind move, in a computation, by default in the
+        program. Those in loops count for each trip. Of each conditional the side that
+        moves less counts if `usual`, else the one that moves more."""
+        found: dict[str, Moved] = collections.defaultdict(Moved)
         types = {i.name: i.type for i in self._of(name)}
         for i in self._of(name):
             kind = i.op.removesuffix("-start")
             if kind in COLLECTIVES:
-                size = type_bytes(i.type)
-                if i.op.endswith("-start") and kind != "all-reduce":
-                    # What starts returns what went in as well.
-                    size -= sum(type_bytes(types.get(o, "")) for o in i.operands)
-                found.append(Piece(kind, i.channel, size, 1))
-            inner = [self._pieces(usual, c) for c in i.called]
+                found[kind] += Moved(1, _moved_bytes(i, types))
+            called = [c for c in i.called if not _goes_on(i, c)]
+            sides = [_kinds(c, self.collectives(usual, c)) for c in called]
             if i.op == "conditional":
-                inner = [(min if usual else max)(inner, key=len)]
-            times = self._trips(i)
-            found += [p._replace(times=times * p.times) for side in inner for p in side]
-        return found
+                sides = [(min if usual else max)(sides, key=all_moved)]
+            for kind, moved in (item for side in sides for item in side.items()):
+                found[kind] += moved.looped(self._trips(i))
+        return dict(found)
 
     def kernels(self, usual: bool, name: str | None = None) -> collections.Counter:
         """What a GPU is given to do, by kind."""
@@ -239,13 +241,52 @@ class Program:
         return self.computations.get(self.entry if name is None else name, [])
 
 
-def _updated(within: list[Instruction]) -> str:
-    """The type of what a fusion puts in a larger array that it returns, if it does."""
-    types = {i.name: i.type for i in within}
-    updates = [i for i in within if i.op == "dynamic-update-slice"]
-    if not updates or updates[-1].type not in within[-1].type:
-        return ""
-    return types.get(updates[-1].operands[1], "")
+def all_moved(collectives: dict[str, Moved]) -> tuple[int, int]:
+    """Bytes that collectives of all kinds move, and then how many these are."""
+    total = sum(collectives.values(), Moved())
+    return total.bytes, total.number
+
+
+def _moved_bytes(i: Instruction, types: dict[str, str]) -> int:
+    read = sum(type_bytes(types.get(operand, "")) for operand in i.operands)
+    # Most that start return what went in as well.
+    returns_both = i.op.endswith("-start") and i.op != "all-reduce-start"
+    return max(read, type_bytes(i.type) - read * returns_both)
+
+
+def _goes_on(fusion: Instruction, called: str) -> bool:
+    """Whether a fusion goes on with a collective that another one has started: what
+    works behind others is in each of these fusions once more."""
+    return called.startswith("async_collective_fusion") or fusion.name.startswith(
+        "async-collective-done"
+    )
+
+
+def _kinds(called: str, found: dict[str, Moved]) -> dict[str, Moved]:
+    """An all-reduce of which each chip keeps a part is another kind."""
+    if called.startswith("all-reduce-scatter") and found:
+        return {"reduce-scatter": sum(found.values(), Moved())}
+    return found
+
+
+def _written(within: list[Instruction], idle: set[str]) -> int:
+    """What a fusion writes. The `idle` only hand on what others write."""
+    made = {i.name: i for i in within}
+    root = within[-1]
+    names = root.operands if root.op == "tuple" else (root.name,)
+    arrays = list(array_bytes(root.type))
+    if len(names) != len(arrays):
+        return type_bytes(root.type, hbm_only=True)
+    total = 0
+    for name, (size, is_hbm) in zip(names, arrays, strict=True):
+        source = made[name]
+        while source.op == "bitcast":
+            source = made[source.operands[0]]
+        if source.op == "dynamic-update-slice":
+            size = type_bytes(made[source.operands[1]].type)
+        is_written = name not in idle and not (idle and source.op == "parameter")
+        total += size * (is_hbm and is_written)
+    return total
 
 
 def _instruction(name: str, rest: str) -> Instruction:
@@ -266,7 +307,6 @@ def _instruction(name: str, rest: str) -> Instruction:
     groups = _CALLS.findall(rest[end:]) if is_call else []
     called = tuple(c for g in groups for c in re.findall(r"[\w.\-]+", g))
     condition = _CONDITION.search(rest) if op == "while" else None
-    channel = _CHANNEL.search(rest)
     return Instruction(
         name,
         type_,
@@ -274,7 +314,6 @@ def _instruction(name: str, rest: str) -> Instruction:
         tuple(operands),
         called,
         condition[1] if condition else "",
-        channel[1] if channel else "",
     )
 
 
