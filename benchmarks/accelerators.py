@@ -254,9 +254,9 @@ def check_steps(steps: list[Step]) -> Iterator[tuple[str, bool]]:
             yield text, more < SIZE * SIZE
 
 
-def _counted(kind: str, usual: int, all_of_them: int) -> str:
-    more = f" (or {all_of_them})" if all_of_them > usual else ""
-    return f"{usual} {kind}{more}"
+def _counted(kind: str, usual: Moved, dear: Moved) -> str:
+    more = f" (or {dear.number})" if dear.number > usual.number else ""
+    return f"{usual.number} {kind}{more}"
 
 
 def show_steps(console: Console, steps: list[Step]) -> None:
@@ -270,8 +270,8 @@ def show_steps(console: Console, steps: list[Step]) -> None:
         for title in titles:
             table.add_column(title, justify="right")
         for s in group:
-            extra = {k: m.number for k, m in s.all_collectives.items()}
-            moved = [_counted(k, m.number, extra[k]) for k, m in s.collectives.items()]
+            dear = s.all_collectives
+            moved = [_counted(k, m, dear[k]) for k, m in sorted(s.collectives.items())]
             numbers = (
                 f"{s.bytes / base.bytes:.2f}",
                 f"{s.usual_bytes / base.bytes:.2f}",
