@@ -98,29 +98,55 @@ def flax_step(kind: str | None, width: int, batch: int) -> Callable[[], Any]:
     return call
 
 
+def paramax_map(weight: Array) -> Callable[[Array], Array]:
+    """paramax's weight normalisation of such weights, its gain as it is."""
+    import paramax
+
+    normalised = paramax.WeightNormalization(weight)
+    where = lambda t: t.weight
+    return lambda weight: paramax.unwrap(eqx.tree_at(where, normalised, weight))
+
+
+def flax_map(kind: str, weight: Array) -> tuple[Callable[..., Any], Any]:
+    """A weight as Flax's wrapper makes it and the new state, from a weight and a state;
+    and the first state."""
+    import flax.linen as nn
+
+    class Itself(nn.Module):
+        @nn.compact
+        def __call__(self):
+            return self.param("kernel", lambda key: weight)
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self):
+            if kind == "weight norm":
+                return nn.WeightNorm(Itself())()
+            return nn.SpectralNorm(Itself())(update_stats=True)
+
+    network = Network()
+    variables = network.init(jax.random.key(0))
+    rest = {name: value for name, value in variables.items() if name != "params"}
+    leaves, structure = jax.tree.flatten(variables["params"])
+    [place] = [i for i, leaf in enumerate(leaves) if leaf.shape == weight.shape]
+
+    def measured(weight: Array, rest: Any) -> tuple[Array, Any]:
+        params = structure.unflatten([*leaves[:place], weight, *leaves[place + 1 :]])
+        mutable = list(rest) or False
+        out = network.apply({"params": params, **rest}, mutable=mutable)
+        return out if mutable else (out, rest)
+
+    return measured, rest
+
+
 def torch_step(kind: str | None, width: int, batch: int) -> Callable[[], Any]:
     """One step of PyTorch's MLP of three layers, with as many threads as cores."""
     import torch
-    from torch.nn.utils import parametrizations, parametrize
 
     torch.manual_seed(0)
-
-    class Renorm(torch.nn.Module):
-        def forward(self, weight):
-            return torch.renorm(weight, 2, 0, 0.5)
-
-    def layer():
-        linear = torch.nn.Linear(width, width)
-        if kind == "weight norm":
-            return parametrizations.weight_norm(linear)
-        if kind == "spectral norm":
-            return parametrizations.spectral_norm(linear)
-        if kind == "max-norm":
-            parametrize.register_parametrization(linear, "weight", Renorm())
-        return linear
-
+    layers = [torch_linear(kind, width) for _ in range(3)]
     relu = torch.nn.ReLU()
-    network = torch.nn.Sequential(layer(), relu, layer(), relu, layer())
+    network = torch.nn.Sequential(layers[0], relu, layers[1], relu, layers[2])
     optimiser = torch.optim.SGD(network.parameters(), lr=RATE)
     x, y = torch.ones(batch, width), torch.zeros(batch, width)
 
@@ -129,6 +155,43 @@ def torch_step(kind: str | None, width: int, batch: int) -> Callable[[], Any]:
         torch.mean((network(x) - y) ** 2).backward()
         optimiser.step()
         # What JAX is asked to wait for must be something that it knows.
+        return np.zeros(())
+
+    return call
+
+
+def torch_linear(kind: str | None, width: int) -> Any:
+    """A square layer of PyTorch with a parametrization."""
+    import torch
+    from torch.nn.utils import parametrizations, parametrize
+
+    class Renorm(torch.nn.Module):
+        def forward(self, weight):
+            return torch.renorm(weight, 2, 0, 0.5)
+
+    linear = torch.nn.Linear(width, width)
+    if kind == "weight norm":
+        return parametrizations.weight_norm(linear)
+    if kind == "spectral norm":
+        return parametrizations.spectral_norm(linear)
+    if kind == "max-norm":
+        parametrize.register_parametrization(linear, "weight", Renorm())
+    return linear
+
+
+def torch_map(kind: str, width: int) -> Callable[[], Any]:
+    """The weight that a parametrization makes, and its gradient; or copies of both."""
+    import torch
+
+    torch.manual_seed(0)
+    linear = torch_linear(kind, width)
+    cotangent = torch.randn(width, width)
+
+    def call():
+        if kind == "copy":
+            return np.zeros(()), linear.weight.detach() + 1, cotangent + 1
+        linear.zero_grad()
+        linear.weight.backward(cotangent)
         return np.zeros(())
 
     return call

@@ -94,16 +94,22 @@ def forward_and_backward(p: Callable[[Array], Array]) -> Callable[..., Any]:
     return jax.jit(both)
 
 
-def remembering(measured: Callable, vector: Array) -> Callable[..., Any]:
-    """A map that goes on from a vector."""
+def remembering(measured: Callable, start: Any) -> Callable[..., Any]:
+    """A map that goes on from what it found last."""
 
-    def both(weight: Array, cotangent: Array, vector: Array) -> Any:
-        p = lambda weight: measured(weight, vector)
-        value, pull_back, vector = jax.vjp(p, weight, has_aux=True)
-        return value, pull_back(cotangent)[0], vector
+    @jax.jit
+    def both(weight: Array, cotangent: Array, start: Any) -> Any:
+        p = lambda weight: measured(weight, start)
+        value, pull_back, start = jax.vjp(p, weight, has_aux=True)
+        return value, pull_back(cotangent)[0], start
 
-    compiled = jax.jit(both)
-    return lambda weight, cotangent: compiled(weight, cotangent, vector)
+    kept = [start]
+
+    def call(weight: Array, cotangent: Array) -> Any:
+        value, gradient, kept[0] = both(weight, cotangent, kept[0])
+        return value, gradient
+
+    return call
 
 
 class Itself(eqx.Module):
@@ -158,6 +164,12 @@ def norm_maps(size: int) -> dict[str, Call]:
         return layer(jnp.zeros(()))
 
     made["eqx.nn.WeightNorm"] = forward_and_backward(equinox_weight_norm)
+    if peers.is_installed("paramax"):
+        normalised = forward_and_backward(peers.paramax_map(weight))
+        made["paramax.WeightNormalization"] = normalised
+    if peers.is_installed("flax"):
+        for kind in ("weight norm", "spectral norm") if size <= 1024 else ():
+            made[f"Flax, {kind}"] = remembering(*peers.flax_map(kind, weight))
     return {name: ft.partial(fn, weight, cotangent) for name, fn in made.items()}
 
 
@@ -225,6 +237,11 @@ def mlp_steps(batch: int) -> dict[str, Call]:
             lambda layer, key: peers.paramax_weight_norm(layer)
         )
     return calls
+
+
+def torch_maps(size: int) -> dict[str, Call]:
+    kinds = ("copy", "max-norm", "weight norm", "spectral norm")
+    return {kind: peers.torch_map(kind, size) for kind in kinds}
 
 
 def peer_steps(build: Callable[..., Call], kinds: tuple[str, ...], batch: int):
@@ -302,6 +319,10 @@ def groups(flags: Flags) -> Iterator[Group]:
             ft.partial(norm_maps, size),
             targets if size >= 1024 else {},
         )
+        # Not among the others: its threads and those of JAX wait for each other.
+        if peers.is_installed("torch"):
+            title = f"PyTorch's map, {size} x {size}, forward and backward"
+            yield Group(title, ft.partial(torch_maps, size))
     size = 256 if flags.quick else 1024
     yield Group(
         f"singular values, {size} x {size}, forward",
