@@ -16,7 +16,8 @@ import equinox as eqx
 import jax
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import PyTree
+from jax.experimental.multihost_utils import process_allgather
+from jaxtyping import Array, PyTree
 
 from ._maps import Chain, Parametrization, Projection
 from ._maps._base import check_projection
@@ -159,6 +160,9 @@ def report(
     """What the weights of a model are like, as a table: a row for each weight and, for
     layers that are stacked, for each of them.
 
+    If the weights are spread over several processes, all of these have to call this,
+    and get the same table.
+
     **Arguments:**
 
     - `model`, `where`, `projection`, `state`: as in [`eqxreg.metrics`][].
@@ -194,12 +198,18 @@ def report(
             "`report` needs the values of the weights, which are not known inside "
             "`jit`. There, use `eqxreg.metrics`."
         )
-    found = jax.device_get(found)
+    found = jax.device_get({name: _whole(number) for name, number in found.items()})
     subjects = subjects_of(model, chosen, projection)
     return Report(tuple(row for s in subjects for row in _rows(s, found)))
 
 
 _compiled = eqx.filter_jit(metrics_of)
+
+
+def _whole(number: Array) -> Any:
+    """The numbers of a stack, of which this process may have only some."""
+    whole = number.is_fully_addressable or number.is_fully_replicated
+    return number if whole else process_allgather(number, tiled=True)
 
 
 def _rows(subject: Subject, found: dict[str, Any]) -> Iterator[Row]:
