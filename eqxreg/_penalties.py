@@ -16,7 +16,13 @@ from jaxtyping import Array, Float, Inexact, PyTree
 
 from ._maps import Projection, SpectralNorm
 from ._maps._base import check_projection
-from ._maps._matrix import RowAxes, check_blocks, check_matrix, to_matrices
+from ._maps._matrix import (
+    RowAxes,
+    automatically_measured,
+    check_blocks,
+    check_matrix,
+    to_matrices,
+)
 from ._model import bake_with
 from ._norms import (
     AxisLike,
@@ -258,9 +264,10 @@ def orthogonality_penalty(
     rows, blocks = check_matrix(matrix), check_blocks(blocks)
     measure = _off_orthonormal if mode == "soft" else _mean_cosine
 
-    def measured(weight: Array) -> Array:
+    def of_matrices(weight: Array) -> Array:
         return measure(to_matrices(widen(weight), rows, blocks))
 
+    measured = ft.partial(automatically_measured, of_matrices)
     return _penalty(measured, tree, rate, where, effective)
 
 

@@ -15,7 +15,7 @@ from ._layers import is_tied
 from ._linear import check_fits, check_input_shape, linear_part
 from ._maps import SpectralNorm
 from ._maps._base import Bound
-from ._maps._matrix import over_blocks, to_matrices
+from ._maps._matrix import automatically_measured, over_blocks, to_matrices
 from ._maps._scale_norm import Measure, cold, frozen, scale_norm, warm
 from ._norms import anywhere, per_layer, squared_magnitude, widen
 from ._paths import names_of, parse
@@ -315,16 +315,18 @@ def _search_if_due(
     searched: Callable, weight_rank: int, due: Array, raw: Array, vectors: Array
 ) -> Array:
     """The vectors to start from."""
-    raw = widen(lax.stop_gradient(raw))
 
-    def all_searched(vectors: Array) -> Array:
-        found = per_layer(searched, raw, weight_rank, vectors)
-        # Of a weight that is zero or not finite, nothing is found.
-        size = jnp.sum(squared_magnitude(found), axis=-1, keepdims=True)
-        return jnp.where(size > 0, found, vectors)
+    def started(raw: Array, vectors: Array, due: Array) -> Array:
+        def all_searched(vectors: Array) -> Array:
+            found = per_layer(searched, widen(raw), weight_rank, vectors)
+            # Of a weight that is zero or not finite, nothing is found.
+            size = jnp.sum(squared_magnitude(found), axis=-1, keepdims=True)
+            return jnp.where(size > 0, found, vectors)
 
-    vectors = lax.stop_gradient(vectors)
-    return lax.cond(anywhere(due), all_searched, lambda v: v, vectors)
+        return lax.cond(anywhere(due), all_searched, lambda v: v, vectors)
+
+    raw, vectors = lax.stop_gradient((raw, vectors))
+    return automatically_measured(started, raw, vectors, due)
 
 
 # Compiled as a whole, for outside of `jit` a `cond` is compiled anew in every call.

@@ -7,39 +7,16 @@ import equinox as eqx
 import eqxreg
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from hlo import collectives
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from tables import exact, sample
+from jax.sharding import NamedSharding, PartitionSpec as P
+from meshes import LAYOUTS, check_close, check_laid_out, mesh_of
+from quick import jit
+from tables import sample
 
 
 SHAPE = (64, 32)
-
-# Where the entries of a matrix are on a mesh of data x model.
-LAYOUTS = {
-    "fsdp": P(("data", "model"), None),
-    "column": P("model", None),
-    "row": P(None, "model"),
-    "both": P("model", "data"),
-}
-
-
-def mesh_of(axes: str = "Auto") -> jax.sharding.Mesh:
-    types = (getattr(AxisType, axes),) * 2
-    return jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
-
-
-# Compiling takes most of the time, and making the machine code most of that.
-jit = ft.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
-
 
 # What a step does with weights.
 
@@ -116,13 +93,6 @@ def check_sends_little(found, largest: int) -> None:
         assert collective.kind == "all-reduce", collective.line
         assert max(collective.sizes) <= largest, collective.line
         assert not collective.is_half, collective.line
-
-
-def check_close(found, expected) -> None:
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-    for one, other in pairs:
-        rtol = 1e-2 if one.dtype == jnp.bfloat16 else 1e-4
-        np.testing.assert_allclose(exact(one), exact(other), rtol=rtol, atol=rtol / 100)
 
 
 @pytest.mark.parametrize("name", list(TRANSFORMS))
@@ -343,11 +313,6 @@ NORM_MAPS = {
 }
 
 
-def check_laid_out(tree, layouts) -> None:
-    same = lambda leaf, layout: leaf.sharding.is_equivalent_to(layout, leaf.ndim)
-    assert all(jax.tree.leaves(jax.tree.map(same, tree, layouts)))
-
-
 @pytest.mark.parametrize("name", list(NORM_MAPS))
 def test_norm_maps_on_explicit_axes_keep_the_layout(name: str):
     def total(params):
@@ -373,3 +338,13 @@ def test_transforms_on_explicit_axes_keep_the_layout(name: str):
         expected, found = update(*expected), update(*found)
     check_laid_out(found[0], layouts)
     check_close(found[0], expected[0])
+
+
+@pytest.mark.parametrize("name", [*PENALTIES, *MATRIX_PENALTIES])
+def test_penalties_on_explicit_axes_keep_the_layout(name: str):
+    gradient = jit(jax.value_and_grad({**PENALTIES, **MATRIX_PENALTIES}[name]))
+    some = lambda tree: {layout: tree[layout] for layout in ("column", "both")}
+    sharded, layouts = map(some, placed("Explicit"))
+    found = gradient(sharded)
+    check_laid_out(found[1], layouts)
+    check_close(found, gradient(some(parameters())))
