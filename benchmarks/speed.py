@@ -28,10 +28,12 @@ import equinox as eqx
 import eqxreg
 import jax
 import jax.numpy as jnp
+import optax
 import peers
 import tyro
 from eqxreg._maps import WeightNorm
 from eqxreg._maps._scale_norm import warm
+from jax import lax
 from jaxtyping import Array
 from networks import CNN, LSTM, MLP, Transformer, stepper
 from rich.box import SIMPLE_HEAD
@@ -231,6 +233,8 @@ def mlp_steps(batch: int) -> dict[str, Call]:
         "eqx.nn.WeightNorm": ours(lambda layer, key: eqx.nn.WeightNorm(layer)),
         "project(every=1)": ours(after=after(1)),
         "project(every=10)": ours(after=after(10)),
+        # Either side of a conditional can only be given an update that is in memory.
+        "the update written": ours(after=written()),
     }
     if peers.is_installed("paramax"):
         calls["paramax.WeightNormalization"] = ours(
@@ -242,6 +246,11 @@ def mlp_steps(batch: int) -> dict[str, Call]:
 def torch_maps(size: int) -> dict[str, Call]:
     kinds = ("copy", "max-norm", "weight norm", "spectral norm")
     return {kind: peers.torch_map(kind, size) for kind in kinds}
+
+
+def written() -> optax.GradientTransformation:
+    """An update that is written to memory before it is added."""
+    return optax.stateless(lambda updates, _: lax.optimization_barrier(updates))
 
 
 def peer_steps(build: Callable[..., Call], kinds: tuple[str, ...], batch: int):

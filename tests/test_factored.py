@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eqxreg._maps import _factored
+from quick import filter_jit
 from tables import exact, sample
+
+
+@pytest.fixture(autouse=True)
+def _small_layers_too(monkeypatch):
+    monkeypatch.setattr(_factored, "MANY_COLUMNS", 1)
 
 
 UNIT = {"axis": "unit"}
@@ -49,7 +56,7 @@ class Baking(eqx.Module):
         return eqxreg.bake(self.layer)(*args)
 
 
-@eqx.filter_jit
+@filter_jit
 def out_and_gradient(layer, args):
     def loss(layer, args):
         out = layer(*args)
@@ -128,10 +135,10 @@ def test_weights_of_any_size_have_the_right_products_and_gradients(name, scale):
         size = np.sum(np.abs(exact(grad) * scale * unit), axis=axis)
         assert np.all(size > 1e-3) and np.all(np.abs(inner) <= 1e-4 * size)
     else:
-        # Inside, or zero: the identity.
-        np.testing.assert_array_equal(out, (unscaled * scale) @ X)
-        expected = np.outer(np.cos(exact(out)), exact(X))
-        np.testing.assert_allclose(grad, expected, rtol=1e-5)
+        # Inside, or zero: the layer as it is.
+        plain_out, plain_grad = out_and_gradient(scaled, (X,))
+        np.testing.assert_array_equal(out, plain_out)
+        np.testing.assert_allclose(grad, plain_grad, rtol=1e-6)
 
 
 def test_inside_the_set_a_product_keeps_its_bits():
@@ -175,7 +182,27 @@ def test_layers_of_ones_own_get_an_array(layer, name):
     np.testing.assert_allclose(wrapped(X), eqxreg.bake(wrapped)(X), rtol=1e-6)
 
 
-SIZE = 256
+def test_a_gain_of_zero_is_trained():
+    wrapped = eqxreg.WeightNormConstraint(LAYERS["linear"][0])
+    gain = wrapped.g.at[2].set(0.0)
+    wrapped = eqx.tree_at(lambda m: m.parametrizations[0].gain, wrapped, gain)
+    assert_as_if_baked(wrapped, (X,))
+    gradient = eqx.filter_grad(lambda m: jnp.sum(m(X)))(wrapped).g
+    assert gradient[2] != 0
+
+
+SIZE = _factored.MANY_COLUMNS
+
+
+def written(p, size):
+    """How many weights of a square layer a call writes to memory."""
+    linear = eqx.nn.Linear(size, size, key=KEY)
+    params, static = eqx.partition(
+        eqxreg.Constraint(linear, "weight", p), eqx.is_inexact_array
+    )
+    call = jax.jit(lambda params, x: eqx.combine(params, static)(x))
+    compiled = call.lower(params, jnp.ones(size)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes // (4 * size * size)
 
 
 @pytest.mark.parametrize(
@@ -184,10 +211,10 @@ SIZE = 256
     ids=["max_norm", "spectral", "box"],
 )
 def test_a_call_writes_no_weight_to_memory(p, copies):
-    linear = eqx.nn.Linear(SIZE, SIZE, key=KEY)
-    wrapped = eqxreg.Constraint(linear, "weight", p)
-    params, static = eqx.partition(wrapped, eqx.is_inexact_array)
-    call = jax.jit(lambda params, x: eqx.combine(params, static)(x))
-    compiled = call.lower(params, jnp.ones(SIZE)).compile()
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert temporary // (4 * SIZE * SIZE) == copies
+    assert written(p, SIZE) == copies
+
+
+def test_a_small_weight_is_written(monkeypatch):
+    monkeypatch.setattr(_factored, "MANY_COLUMNS", SIZE)
+    assert written(MAPS["max_norm-unit"], SIZE // 2) == 1
+    assert written(MAPS["max_norm-unit"], SIZE) == 0

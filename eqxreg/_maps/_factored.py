@@ -7,6 +7,7 @@ product than to a matrix. A map whose image is of this form says so by
 """
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Inexact
 
@@ -23,10 +24,31 @@ class Factored(eqx.Module):
         product = self.matrix @ x
         factor = self.factor[:, 0] if jnp.ndim(x) == 1 else self.factor
         factor = jnp.expand_dims(factor, range(product.ndim - factor.ndim))
-        return product * factor.astype(product.dtype)
+        return _scaled(factor.astype(product.dtype), product)
+
+
+@jax.custom_jvp
+def _scaled(factor: Array, product: Array) -> Array:
+    return factor * product
+
+
+@_scaled.defjvp
+def _(primals, tangents):
+    (factor, product), (factor_tangent, tangent) = primals, tangents
+    # The transpose multiplies its argument with the factor once, and all that follows
+    # is of that. It may be zero, as a gain may.
+    factor_or_tiny = jnp.where(factor == 0, 2.0**-60, factor)
+    relative = factor_tangent / factor_or_tiny
+    return factor * product, factor_or_tiny * (tangent + product * relative)
+
+
+MANY_COLUMNS = 512
+"""A matrix with fewer is cheap to write, and may have more vectors to multiply than it
+has columns: under `vmap` nobody can see how many there are."""
 
 
 def is_factorable(raw: Inexact[Array, "..."]) -> bool:
-    """Whether products with `raw` may be scaled in its place. In half precision they
+    """Whether products with `raw` are to be scaled in its place. In half precision they
     would be rounded where the weight is to be."""
-    return raw.ndim == 2 and not is_half(raw.dtype)
+    is_wide = raw.ndim == 2 and raw.shape[1] >= MANY_COLUMNS
+    return is_wide and not is_half(raw.dtype)
