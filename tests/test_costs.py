@@ -38,9 +38,9 @@ def one_power_step(weight, cotangent):
 # of the norm maps, two are in the branch for norms that are out of range.
 COSTS = {
     "copy": (lambda w, g: (w + 1, g + 1), 4.1, 20),
-    "max_norm-unit": (gradient_of(eqxreg.MaxNorm(0.5, "unit")), 10.1, 265),
-    "max_norm-whole": (gradient_of(eqxreg.MaxNorm(0.5)), 10.1, 215),
-    "unit_norm": (gradient_of(eqxreg.UnitNorm(axis="unit")), 10.1, 280),
+    "max_norm-unit": (gradient_of(eqxreg.MaxNorm(0.5, "unit")), 10.1, 210),
+    "max_norm-whole": (gradient_of(eqxreg.MaxNorm(0.5)), 10.1, 175),
+    "unit_norm": (gradient_of(eqxreg.UnitNorm(axis="unit")), 10.1, 225),
     "weight_norm": (gradient_of(WeightNorm("unit", jnp.ones((SIZE, 1)))), 10.1, 195),
     "box": (gradient_of(eqxreg.Box(-1, 1)), 5.1, 45),
     "spectral_norm": (one_power_step, 8.1, 315),

@@ -18,18 +18,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact
 
-from .._norms import (
-    anywhere,
-    is_half,
-    margin,
-    narrow,
-    scaled_norm,
-    tolerance,
-    widen,
-)
+from .._norms import is_half, margin, narrow, scaled_norm, tolerance, widen
 
 
 class Norms(NamedTuple):
@@ -108,18 +99,22 @@ def rescale(
     *bounds: Array,
 ) -> Inexact[Array, "*shape"]:
     """`weight` with its slices over `axes` at the norms of `plan`."""
-    return _Made.of(plan, axes, weight, *bounds).value(weight)
+    norms = norms_of(weight, axes)
+    made = plan(norms, weight.dtype, *bounds)
+    moved = narrow(_at(norms, made.target, weight), weight.dtype)
+    return jnp.where(made.moves, moved, weight)
 
 
 @rescale.defjvp
 def _(plan, axes, primals, tangents):
     (weight, *_), (tangent, *_) = primals, tangents
-    made, tangent = _Made.of(plan, axes, *primals), widen(tangent)
-    along = made.gain * _along(plan, axes, made, primals, tangents)
+    made = _Made.of(plan, axes, *primals)
+    value = jnp.where(made.plan.moves, narrow(made.moved, weight.dtype), weight)
+    dtype, tangent = made.result.dtype, widen(tangent)
+    along = _along(plan, axes, made, primals, tangents)
     across = jnp.where(made.plan.bends, made.slope, 1)
-    change = across.astype(tangent.dtype) * tangent
-    change = change + _times_scaled(along, made.norms.scale, widen(weight))
-    return made.value(weight), change.astype(weight.dtype)
+    change = across.astype(dtype) * tangent + along.astype(dtype) * made.result
+    return value, change.astype(weight.dtype)
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -140,75 +135,44 @@ def _(plan, axes, primals, tangents):
     return made.factors, made.factors * _along(plan, axes, made, primals, tangents)
 
 
-def _times_scaled(factor: Array, scale: Array, weight: Array) -> Array:
-    """`factor * (scale * weight)`, linear in `factor`, without overflow.
-
-    The transpose sums the products of gradient and weight, and with a scale on one of
-    them XLA would write that to memory. Nearly always there is none.
-    """
-
-    def plain(factor, scale, weight):
-        del scale
-        return factor * weight
-
-    def careful(factor, scale, weight):
-        # In two parts, for either product alone may be out of range.
-        part = jnp.sqrt(jnp.sqrt(scale))
-        return factor * part * weight * (scale / part)
-
-    far = anywhere(jnp.any(scale != 1))
-    factor, scale = factor.astype(weight.dtype), scale.astype(weight.dtype)
-    return lax.cond(far, careful, plain, factor, scale, weight)
-
-
 class _Made(NamedTuple):
-    """What a plan makes of a weight. All that is not of the size of the weight is kept
-    to the norms: a mask or a factor there would be another pass over the weight, or
-    one over the gradient in the transpose, written to memory."""
+    """What a plan makes of a weight."""
 
     norms: Norms
     plan: Plan
-    scaled: Inexact[Array, "..."]
-    """The weight, with all slices that are far from it brought to a size of about one:
-    products with it neither overflow nor underflow that have no reason to."""
+    moved: Inexact[Array, "..."]
+    """All slices at the norms of the plan, before rounding."""
+    result: Inexact[Array, "..."]
+    """The slices that move there, and the others as they are."""
 
     @classmethod
     def of(cls, plan, axes, weight, *bounds) -> "_Made":
-        norms, wide = norms_of(weight, axes), widen(weight)
+        norms = norms_of(weight, axes)
         made = plan(norms, weight.dtype, *bounds)
-        return cls(norms, made, wide * norms.scale.astype(wide.dtype))
-
-    @property
-    def _pull(self) -> Float[Array, "..."]:
-        return self.plan.target / jnp.where(self.norms.nonzero, self.norms.norm, 1)
+        moved = _at(norms, made.target, weight)
+        return cls(norms, made, moved, jnp.where(made.moves, moved, widen(weight)))
 
     @property
     def slope(self) -> Float[Array, "..."]:
-        return self.norms.scale * self._pull
-
-    @property
-    def gain(self) -> Float[Array, "..."]:
-        """What slices of `scaled` are to be multiplied by."""
-        return jnp.where(self.plan.moves, self._pull, 1 / self.norms.scale)
+        norm = jnp.where(self.norms.nonzero, self.norms.norm, 1)
+        return self.plan.target * self.norms.scale / norm
 
     @property
     def factors(self) -> Float[Array, "..."]:
         return jnp.where(self.plan.moves, self.slope, 1)
-
-    def value(self, weight: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
-        moved = self.scaled * self._pull.astype(self.scaled.dtype)
-        return jnp.where(self.plan.moves, narrow(moved, weight.dtype), weight)
 
 
 def _along(plan, axes, made: _Made, primals, tangents) -> Float[Array, "..."]:
     """The multiple of the result that its derivative has in it."""
     (weight, *bounds), (tangent, *bound_tangents) = primals, tangents
     norms = made.norms
+    # Masks are kept to the norms: one over the weight would be one over the gradient in
+    # the transpose, written to memory.
     size = jnp.where(made.plan.moves, made.plan.target, norms.norm / norms.scale)
     # A target is zero only where a relative bound is.
     size = jnp.where(size > 0, size, 1)
-    inner = jnp.real(jnp.conj(made.scaled) * widen(tangent))
-    norm_tangent = made.gain * jnp.sum(inner, axis=axes, keepdims=True) / size
+    inner = jnp.real(jnp.conj(made.result) * widen(tangent))
+    norm_tangent = jnp.sum(inner, axis=axes, keepdims=True) / size
 
     def target(norm, *bounds):
         again = plan(Norms(norm, norms.scale), weight.dtype, *bounds)
@@ -281,11 +245,11 @@ def _gain_along(
     gain_tangent: Array,
 ) -> Array:
     """The derivative of the slope."""
-    # In the order in which nothing is out of range that has no reason to be: the slope
-    # brings what is of the size of the weight to the size of the result.
+    # In the order in which nothing is out of range that has no reason to be: the result
+    # has a size that is in range, the weight need not have.
     slope, inverse = _gain_slope(norms, gain), _gain_slope(norms, jnp.ones_like(gain))
-    inner = jnp.real(jnp.conj(widen(weight)) * tangent)
-    inner = slope * jnp.sum(inner, axis=axes, keepdims=True)
+    result = widen(weight) * slope.astype(tangent.dtype)
+    inner = jnp.sum(jnp.real(jnp.conj(result) * tangent), axis=axes, keepdims=True)
     change = (gain_tangent.astype(slope.dtype) - inner * inverse) * inverse
     return jnp.where(norms.nonzero, change, 0)
 
