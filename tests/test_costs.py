@@ -61,6 +61,54 @@ def test_memory_traffic_and_operations_of_a_map(name):
     assert compiled.memory_analysis().temp_size_in_bytes <= 0.01 * BYTES
 
 
+def layer_step(wrap):
+    """A step of gradient descent of a layer with a batch of 16, and its arguments."""
+    linear = eqx.nn.Linear(SIZE, SIZE, key=jax.random.key(0))
+    layer, state = eqx.nn.make_with_state(wrap)(linear)
+    params, static = eqx.partition(layer, eqx.is_inexact_array)
+
+    def loss(params, state, x):
+        layer = eqx.combine(params, static)
+        if isinstance(layer, eqx.nn.StatefulLayer) and layer.is_stateful():
+            batched = jax.vmap(layer, in_axes=(0, None), out_axes=(0, None))
+            out, state = batched(x, state)
+        else:
+            out = jax.vmap(layer)(x)
+        return jnp.mean(out**2), state
+
+    def step(params, state, x):
+        grads, state = jax.grad(loss, has_aux=True)(params, state, x)
+        return jax.tree.map(lambda w, g: w - 1e-3 * g, params, grads), state
+
+    return step, (params, state, jnp.ones((16, SIZE)))
+
+
+# In reads and writes of a whole weight. A norm reads it once, and once more in the
+# branch for what is out of range; the spectral norm reads it twice, and in the branch
+# that searches.
+STEPS = {
+    "plain": (lambda layer: layer, 5.2),
+    "max_norm": (
+        lambda layer: eqxreg.MaxNormConstraint(layer, "weight", 0.5, axis="unit"),
+        7.3,
+    ),
+    "weight_norm": (eqxreg.WeightNormConstraint, 7.3),
+    "spectral_norm": (
+        lambda layer: eqxreg.SpectralNormConstraint(layer, key=jax.random.key(0)),
+        9.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(STEPS))
+def test_memory_traffic_of_a_step_of_a_layer(name):
+    wrap, passes = STEPS[name]
+    step, args = layer_step(wrap)
+    compiled = jax.jit(step).lower(*args).compile()
+    assert compiled.cost_analysis()["bytes accessed"] <= passes * BYTES
+    assert compiled.memory_analysis().temp_size_in_bytes <= 0.1 * BYTES
+
+
 def gradient_text(depth, scan, p):
     model = eqx.nn.MLP(8, 8, 8, depth, scan=scan, key=jax.random.key(0))
     model = model if p is None else eqxreg.constrain(model, p)
