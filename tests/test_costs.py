@@ -11,6 +11,7 @@ import optax
 import pytest
 from eqxreg._maps import WeightNorm
 from eqxreg._maps._scale_norm import warm
+from hlo import counts_of_today
 
 
 SIZE = 1024
@@ -51,6 +52,7 @@ def operations(text: str) -> int:
     return len(re.findall(r"^ +\S.* = ", text, re.MULTILINE))
 
 
+@counts_of_today
 @pytest.mark.parametrize("name", list(COSTS))
 def test_memory_traffic_and_operations_of_a_map(name):
     fn, passes, most = COSTS[name]
@@ -100,6 +102,7 @@ STEPS = {
 }
 
 
+@counts_of_today
 @pytest.mark.parametrize("name", list(STEPS))
 def test_memory_traffic_of_a_step_of_a_layer(name):
     wrap, passes = STEPS[name]

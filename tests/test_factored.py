@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from eqxreg._maps import _factored
+from hlo import counts_of_today
 from quick import filter_jit
 from tables import exact, sample
 
@@ -205,6 +206,7 @@ def written(p, size):
     return compiled.memory_analysis().temp_size_in_bytes // (4 * size * size)
 
 
+@counts_of_today
 @pytest.mark.parametrize(
     ("p", "copies"),
     [(MAPS["max_norm-unit"], 0), (MAPS["spectral"], 0), (eqxreg.Box(-0.01, 0.01), 1)],
@@ -214,6 +216,7 @@ def test_a_call_writes_no_weight_to_memory(p, copies):
     assert written(p, SIZE) == copies
 
 
+@counts_of_today
 def test_a_small_weight_is_written(monkeypatch):
     monkeypatch.setattr(_factored, "MANY_COLUMNS", SIZE)
     assert written(MAPS["max_norm-unit"], SIZE // 2) == 1
