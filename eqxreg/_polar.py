@@ -232,7 +232,7 @@ def _inverse(x: Array, floor: Array) -> Array:
 
 def _polar_by_svd(tall):
     u, _, vh = jnp.linalg.svd(tall, full_matrices=False)
-    return matmul(u, vh)
+    return polished(matmul(u, vh))
 
 
 def _polar_by_products(tall):
