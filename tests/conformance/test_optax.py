@@ -97,13 +97,14 @@ def test_the_norm_is_that_of_the_tree_in_optax_and_of_each_weight_here():
 
 
 def test_optax_exceeds_the_bound_and_is_not_idempotent():
-    weight = sample("float32", shape=(64, 32))
-    theirs = jax.jit(projections.projection_l2_ball)
-    once = theirs(weight)
-    assert norm(once) > 1 and np.any(theirs(once) != once)
-    ours = jax.jit(eqxreg.MaxNorm(1.0))
-    once = ours(weight)
-    assert norm(once) <= 1 and np.array_equal(ours(once), once)
+    theirs, ours = map(jax.jit, (projections.projection_l2_ball, eqxreg.MaxNorm(1.0)))
+    # Which of these exceed it depends on the order of a sum, and so on the processor.
+    weights = [sample("float32", shape=(64, 32), seed=seed) for seed in range(16)]
+    of_theirs, of_ours = ([p(w) for w in weights] for p in (theirs, ours))
+    assert any(norm(once) > 1 for once in of_theirs)
+    assert any(np.any(theirs(once) != once) for once in of_theirs)
+    assert all(norm(once) <= 1 for once in of_ours)
+    assert all(np.array_equal(ours(once), once) for once in of_ours)
 
 
 def test_the_sphere_is_not_a_number_at_zero_in_optax_and_the_identity_here():
