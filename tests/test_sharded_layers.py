@@ -11,11 +11,18 @@ import eqxreg
 import jax
 import jax.numpy as jnp
 import pytest
+from eqxreg._maps import _factored
 from hlo import Collective, collectives
 from jax.sharding import NamedSharding, PartitionSpec as P
 from meshes import LAYOUTS, check_close, check_laid_out, mesh_of
 from quick import jit
 from tables import sample
+
+
+@pytest.fixture(autouse=True)
+def _as_large_layers(monkeypatch):
+    """These are small, and are to multiply as large ones do."""
+    monkeypatch.setattr(_factored, "MANY_COLUMNS", 1)
 
 
 KEY = jax.random.key(0)

@@ -17,16 +17,20 @@ from common.run import main
 from common.text import Text
 
 
-_, name, last, *arguments = sys.argv
-sys.argv = [sharded.__file__, *arguments]
-batch, count = Text.batch, itertools.count(1)
+def signalled(name: str, last: int) -> None:
+    """Sends the signal `name` when the batch number `last` is read."""
+    batch, count = Text.batch, itertools.count(1)
+
+    def batch_with_signal(self, *arguments):
+        if next(count) == last:
+            os.kill(os.getpid(), signal.Signals[name])
+        return batch(self, *arguments)
+
+    Text.batch = batch_with_signal
 
 
-def batch_with_signal(self, *arguments):
-    if next(count) == int(last):
-        os.kill(os.getpid(), signal.Signals[name])
-    return batch(self, *arguments)
-
-
-Text.batch = batch_with_signal
-main(sharded.ShardedFlags, sharded.train, sharded.leave)
+if __name__ == "__main__":
+    _, name, last, *arguments = sys.argv
+    sys.argv = [sharded.__file__, *arguments]
+    signalled(name, int(last))
+    main(sharded.ShardedFlags, sharded.train, sharded.leave)
