@@ -110,6 +110,7 @@ def draw(results: list[Result], path: Path) -> None:
         figsize=(8, 0.28 * sum(heights) + 0.6 * len(steps)),
         height_ratios=heights,
         layout="constrained",
+        sharex=True,
         squeeze=False,
     )
     for result, axis in zip(steps, axes[:, 0], strict=True):
@@ -118,7 +119,7 @@ def draw(results: list[Result], path: Path) -> None:
         axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_title(f"{result.title}, relative", loc="left", fontsize=9)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(labelsize=8, labelbottom=True)
         axis.margins(x=0.1)
     figure.savefig(path, dpi=120)
     plt.close(figure)

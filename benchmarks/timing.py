@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,8 @@ Call: TypeAlias = Callable[[], Any]
 
 def in_turn(calls: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
     """The times of each call in milliseconds, after one that is not counted. They take
-    turns, so that what else the machine does meets all of them. Fast ones have more
+    turns, so that what else the machine does meets all of them, in an order that
+    changes, for what one leaves in the caches meets the next. Fast ones have more
     rounds, up to a second of them."""
     for call in calls.values():
         jax.block_until_ready(call())
@@ -24,9 +26,9 @@ def in_turn(calls: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
     begin = time.perf_counter()
     done = 0
     while done < rounds or (done < 10 * rounds and time.perf_counter() < begin + 1):
-        for name, call in calls.items():
+        for name in random.Random(done).sample(list(calls), len(calls)):
             start = time.perf_counter()
-            jax.block_until_ready(call())
+            jax.block_until_ready(calls[name]())
             times[name].append(1e3 * (time.perf_counter() - start))
         done += 1
     return times
