@@ -55,7 +55,7 @@ class Flags:
     @property
     def rounds(self) -> int:
         """How often each call is timed at least."""
-        return 5 if self.quick else 15
+        return 5 if self.quick else 40
 
 
 @dataclasses.dataclass(frozen=True)
