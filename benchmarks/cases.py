@@ -165,16 +165,6 @@ def layer_calls(size: int) -> dict[str, Call]:
 # Singular values.
 
 
-def cap_by_svd(weight: Array) -> Array:
-    left, values, right = jnp.linalg.svd(weight, full_matrices=False)
-    return (left * jnp.minimum(values, BOUND)) @ right
-
-
-def polar_by_svd(weight: Array) -> Array:
-    left, _, right = jnp.linalg.svd(weight, full_matrices=False)
-    return left @ right
-
-
 def singular_maps(size: int) -> dict[str, Call]:
     keys = jax.random.split(jax.random.key(0))
     weight = jax.random.normal(keys[0], (size, size)) / size**0.5
@@ -182,10 +172,10 @@ def singular_maps(size: int) -> dict[str, Call]:
         keys[1], weight.shape, weight.dtype
     )
     made = {
-        "polar by SVD": (polar_by_svd, weight),
+        "polar by SVD": (peers.polar_by_svd, weight),
         "Orthogonal": (eqxreg.Orthogonal(), weight),
         "Orthogonal, one step off": (eqxreg.Orthogonal(), near),
-        "cap by SVD": (cap_by_svd, weight),
+        "cap by SVD": (ft.partial(peers.cap_by_svd, BOUND), weight),
         "SpectralCap": (eqxreg.SpectralCap(BOUND), weight),
     }
     return {name: ft.partial(jax.jit(fn), w) for name, (fn, w) in made.items()}

@@ -30,6 +30,7 @@ import eqxreg
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import tyro
 from eqxreg._singular import of_matrix, power_step, start_vector
 from jaxtyping import Array
@@ -241,18 +242,6 @@ def capped(values: Values) -> Values:
     return np.minimum(values, BOUND)
 
 
-def cap_by_svd(weight: Array) -> Array:
-    """`SpectralCap`, as one would write it."""
-    left, values, right = jnp.linalg.svd(weight, full_matrices=False)
-    return (left * jnp.minimum(values, BOUND)) @ right
-
-
-def polar_by_svd(weight: Array) -> Array:
-    """`Orthogonal`, as one would write it."""
-    left, _, right = jnp.linalg.svd(weight, full_matrices=False)
-    return left @ right
-
-
 def cap_by(method: Any) -> Row:
     return Row(eqxreg.SpectralCap(BOUND, method=method), capped)
 
@@ -268,10 +257,10 @@ MAPS: dict[str, Row] = {
     "SpectralScale, gram": Row(eqxreg.SpectralScale(BOUND, method="gram"), scaled),
     "SpectralCap, factorisation": cap_by("factorisation"),
     "SpectralCap, products": cap_by("products"),
-    "cap by jnp.linalg.svd": Row(cap_by_svd, capped),
+    "cap by jnp.linalg.svd": Row(ft.partial(peers.cap_by_svd, BOUND), capped),
     "Orthogonal, factorisation": polar_by("factorisation"),
     "Orthogonal, products": polar_by("products"),
-    "polar by jnp.linalg.svd": Row(polar_by_svd, np.ones_like),
+    "polar by jnp.linalg.svd": Row(peers.polar_by_svd, np.ones_like),
     "Cayley": Row(eqxreg.Cayley(), np.ones_like, is_chart=True),
     "MatrixExp": Row(eqxreg.MatrixExp(), np.ones_like, is_chart=True),
     "AlmostOrthogonal": Row(eqxreg.AlmostOrthogonal(), None),

@@ -35,6 +35,18 @@ def max_norm(bound: float, axis: int | None, weight: Array) -> Array:
     return weight * jnp.minimum(1, bound / jnp.maximum(norm, 1e-7))
 
 
+def cap_by_svd(bound: float, weight: Array) -> Array:
+    """`SpectralCap`, as one would write it."""
+    left, values, right = jnp.linalg.svd(weight, full_matrices=False)
+    return (left * jnp.minimum(values, bound)) @ right
+
+
+def polar_by_svd(weight: Array) -> Array:
+    """`Orthogonal`, as one would write it."""
+    left, _, right = jnp.linalg.svd(weight, full_matrices=False)
+    return left @ right
+
+
 class Paramax(eqx.Module):
     """A layer whose weight is a parametrization of paramax, which is unwrapped here."""
 
