@@ -11,7 +11,7 @@ from jaxtyping import Array
 from ._bits import FrozenArray, is_frozen
 from ._layers import is_tied, is_wrapper, only_calls, only_multiplies, rank
 from ._maps import Parametrization, Projection
-from ._maps._base import has_schedule
+from ._maps._base import factored, has_schedule
 from ._paths import (
     Path,
     check_names,
@@ -143,8 +143,8 @@ class Constraint(Wrapper):
             # `eqx.nn.Shared` will put the other array here.
             return raw, state
         p, weight_rank = self.parametrizations[i], self._ranks[i]
-        if to_multiply and (factored := p._factored(raw)) is not None:
-            return factored, state
+        if to_multiply and (product := factored(p, raw)) is not None:
+            return product, state
         return on_stack(lambda p, raw: p(raw), p, weight_rank, raw), state
 
 

@@ -206,6 +206,19 @@ def written(p, size):
     return compiled.memory_analysis().temp_size_in_bytes // (4 * size * size)
 
 
+class HalfOf(eqxreg.MaxNorm):
+    """A map of one's own, by a subclass."""
+
+    def __call__(self, raw):
+        return super().__call__(raw) / 2
+
+
+def test_a_subclass_of_a_map_is_called():
+    wrapped = eqxreg.Constraint(LAYERS["linear"][0], "weight", HalfOf(0.8, **UNIT))
+    assert jnp.all(jnp.linalg.norm(eqxreg.bake(wrapped).weight, axis=1) <= 0.4)
+    assert_as_if_baked(wrapped, (X,))
+
+
 @counts_of_today
 @pytest.mark.parametrize(
     ("p", "copies"),

@@ -364,6 +364,13 @@ def share(flags: Bool[Array, "..."], like: Inexact[Array, "..."]) -> Float[Array
     return jnp.sum(flags, dtype=total.dtype) / total
 
 
+def factored(p: Parametrization, raw: Inexact[Array, "..."]) -> Factored | None:
+    """`p(raw)` as multiples of the rows of `raw`, if it is that. A subclass that has a
+    `__call__` of its own may be anything."""
+    cls = next(c for c in type(p).__mro__ if "_factored" in vars(c))
+    return p._factored(raw) if type(p).__call__ is cls.__call__ else None
+
+
 def check_projection(projection: Any) -> None:
     """Raises unless this is a map that may be enforced after the update."""
     if not isinstance(projection, Projection):
