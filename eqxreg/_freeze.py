@@ -69,11 +69,13 @@ class Frozen(Wrapper):
             chosen = require_selection(where, layer, "where")
         layer = _with_frozen(layer, _trainable_ones(chosen, layer))
         self.layer = layer
-        self.weight_name = tuple(
+        names = [
             dataclasses.replace(site, entries=site.entries[:-1]).dotted(0)
             for site in _outside(sites(layer))
             if is_frozen(site.owner)
-        )
+        ]
+        # Each array has several parts.
+        self.weight_name = tuple(dict.fromkeys(names))
 
     def _evaluated(
         self, state: Any, inference: bool | None, to_call: bool

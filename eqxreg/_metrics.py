@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Inexact, PyTree
 
+from ._bits import opened
 from ._maps import Chain, Projection
 from ._maps._base import check_projection
 from ._maps._matrix import over_blocks
@@ -144,7 +145,7 @@ def _subject(site: Site, projection: Projection | None) -> Subject:
             # It knows stacks of the user's own modules too.
             known = wrapper._ranks[i]
             ranks.append(site.rank if known is None else known)
-            maps.append(wrapper.parametrizations[i])
+            maps.append(opened(wrapper.parametrizations[i]))
         else:
             maps.append(wrapper)
     given = [] if maps or projection is None else [projection]

@@ -186,7 +186,7 @@ def unwrap_all(tree: PyTree) -> PyTree:
     in place of its frozen arrays. It has the structure of the baked tree."""
     tree = unwrapped(tree)
     if is_frozen(tree):
-        return tree.bits
+        return tree.parts[0]
     return map_children(lambda node, _: unwrap_all(node), tree, ())
 
 

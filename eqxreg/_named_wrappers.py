@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Inexact
 
+from ._bits import is_constant
 from ._maps import (
     Box,
     MaxNorm,
@@ -61,8 +62,10 @@ class MaxNormConstraint(Constraint):
 
     @property
     def max_norm(self) -> Any:
-        """The bound."""
-        return self.parametrizations[0].max_norm  # pyright: ignore
+        """The bound: a float or, if it is traced, what can be computed with as the JAX
+        array that it is. It is never trained."""
+        bound = self.parametrizations[0].max_norm  # pyright: ignore
+        return bound.in_tree if is_constant(bound) else bound
 
 
 class MinMaxNormConstraint(Constraint):

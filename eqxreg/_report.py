@@ -19,6 +19,7 @@ from jax.core import Tracer
 from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, PyTree
 
+from ._bits import value_of
 from ._maps import Chain, Parametrization, Projection
 from ._maps._base import check_projection
 from ._metrics import Subject, metrics_of, subjects_of
@@ -258,6 +259,7 @@ def _label(made_by: Any) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, Parametrization):
         return _label(value)
+    value = value_of(value)
     if eqx.is_array(value):
         known = value.ndim == 0 and not isinstance(value, Tracer)
         return f"{float(value):.4g}" if known else eqx.tree_pformat(value)

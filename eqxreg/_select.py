@@ -108,7 +108,8 @@ trainable = Selector(_is_trainable, "eqxreg.trainable")
 """Every floating or complex array, in any tree, except state and the bounds of maps."""
 
 everything = Selector(lambda site: True, "eqxreg.everything")
-"""Every floating or complex array, state and bounds too."""
+"""Every floating or complex array, state too. Frozen arrays and what maps hold are
+none: they are kept as integers."""
 
 
 def _is_scale_invariant(site: Site) -> bool:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from ._bits import HiddenArray
 from ._layers import Role, is_wrapper, rank, role
 from ._paths import names_of, parse
 
@@ -96,7 +97,7 @@ def sites(tree: PyTree) -> list[Site]:
 
 
 def _walk(node: Any, entries: tuple, ancestors: tuple) -> Iterator[Site]:
-    if isinstance(node, (eqx.Module, eqx.nn.State)):
+    if isinstance(node, (eqx.Module, eqx.nn.State, HiddenArray)):
         ancestors = (*ancestors, (len(entries), node))
     children, _ = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
     for entry, child in children:

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Inexact, Int, PRNGKeyArray
 
+from ._bits import opened
 from ._layers import is_tied
 from ._linear import check_fits, check_input_shape, linear_part
 from ._maps import SpectralNorm
@@ -275,7 +276,7 @@ class SpectralNormConstraint(Constraint):
         return weight_rank
 
     def _map(self, i: int) -> SpectralNorm:
-        p = self.parametrizations[i]
+        p = opened(self.parametrizations[i])
         assert isinstance(p, SpectralNorm)
         return p
 

@@ -18,7 +18,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ._bits import thawed
+from ._bits import is_frozen, thawed
 from ._layers import is_wrapper
 from ._paths import child, unwrapped
 
@@ -82,7 +82,7 @@ class Wrapper(eqx.nn.StatefulLayer):
         node = vars(self)["layer"]
         while is_wrapper(node):
             if name in vars(node) or hasattr(type(node), name):
-                return thawed(getattr(node, name))
+                return _read(getattr(node, name))
             node = node.layer
         if not hasattr(node, name):
             raise AttributeError(_no_attribute(self, name))
@@ -90,7 +90,7 @@ class Wrapper(eqx.nn.StatefulLayer):
         # weight. All else is read as it is stored.
         computes = hasattr(inspect.getattr_static(type(node), name, None), "__get__")
         if name in vars(node) or not computes:
-            return thawed(getattr(node, name))
+            return _read(getattr(node, name))
         if needs_state(self):
             raise AttributeError(
                 f"`{name}` of a layer whose constraint needs state: read it from "
@@ -220,6 +220,12 @@ def _take_state(args: tuple, kwargs: dict[str, Any], name: str):
         )
     rest = tuple(x for x in args if x is not found[0])
     return rest, {k: v for k, v in kwargs.items() if v is not found[0]}, found[0]
+
+
+def _read(value: Any) -> Any:
+    """An attribute of a layer. A frozen array stays what it is, for it is computed with
+    as an ordinary one is, and only so `eqx.tree_at` finds it in the tree."""
+    return value if is_frozen(value) else thawed(value)
 
 
 def _no_attribute(wrapper: Any, name: str) -> str:

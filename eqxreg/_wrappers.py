@@ -8,10 +8,11 @@ import equinox as eqx
 import jax
 from jaxtyping import Array
 
-from ._bits import FrozenArray, is_frozen
+from ._bits import FrozenArray, is_frozen, opened
 from ._layers import is_tied, is_wrapper, only_calls, only_multiplies, rank
 from ._maps import Parametrization, Projection
 from ._maps._base import factored, has_schedule
+from ._maps._held import HeldMaps
 from ._paths import (
     Path,
     check_names,
@@ -60,7 +61,7 @@ class Constraint(Wrapper):
 
     layer: Any
     weight_name: str | tuple[str, ...] = eqx.field(static=True)
-    parametrizations: tuple[Parametrization, ...]
+    parametrizations: HeldMaps
     _ranks: tuple[int | None, ...] = eqx.field(static=True)
 
     def __init__(
@@ -103,7 +104,7 @@ class Constraint(Wrapper):
             bound.append(p)
             ranks.append(weight_rank)
         self.layer = layer
-        self.parametrizations = tuple(bound)
+        self.parametrizations = HeldMaps(bound)
         self._ranks = tuple(ranks)
 
     @property
@@ -142,7 +143,7 @@ class Constraint(Wrapper):
         if is_tied(raw):
             # `eqx.nn.Shared` will put the other array here.
             return raw, state
-        p, weight_rank = self.parametrizations[i], self._ranks[i]
+        p, weight_rank = opened(self.parametrizations[i]), self._ranks[i]
         if to_multiply and (product := factored(p, raw)) is not None:
             return product, state
         return on_stack(lambda p, raw: p(raw), p, weight_rank, raw), state
@@ -233,9 +234,11 @@ def _write(node: Any, path: Path, value: Any) -> Any:
         for i, name in enumerate(names_of(node.weight_name)):
             weight_rank = node._ranks[i]
             if parse(name) == path and weight_rank is not None:
-                p, value = _bind(node.parametrizations[i], value, weight_rank)
-                maps = (*node.parametrizations[:i], p, *node.parametrizations[i + 1 :])
-                node = replace(node, "parametrizations", maps)
+                p = opened(node.parametrizations[i])
+                p, value = _bind(p, value, weight_rank)
+                maps = [*node.parametrizations]
+                maps[i] = p
+                node = replace(node, "parametrizations", HeldMaps(maps))
     if is_wrapper(node):
         inner = _write(node.layer, path, value)
         if isinstance(node, eqx.nn.WeightNorm):

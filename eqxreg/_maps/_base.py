@@ -16,6 +16,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, PyTree
 
+from .._bits import Constant, is_constant, value_of
 from .._norms import all_finite, frobenius_norm, real_dtype, tolerance, widen
 from ._factored import Factored
 
@@ -46,13 +47,14 @@ class Schedule:
         return f"<schedule {getattr(self.fn, '__name__', self.fn)}>"
 
 
-Bound: TypeAlias = float | int | np.number | np.ndarray | Array | Callable
+Bound: TypeAlias = float | int | np.number | np.ndarray | Array | Constant | Callable
 """What a bound may be given as: a Python number (compiled in), a JAX scalar array
 (traced) or, for use in `project`, an Optax schedule."""
 
 
-StoredBound: TypeAlias = Number | Array | Schedule
-"""The forms in which bounds are stored."""
+StoredBound: TypeAlias = Number | Constant | Array | Schedule
+"""The forms in which bounds are stored, and arrays, which they are at one step of
+training."""
 
 _Map = TypeVar("_Map", bound="Parametrization")
 
@@ -61,7 +63,12 @@ Shaped: TypeAlias = Array | jax.ShapeDtypeStruct
 
 
 def check_bound(
-    value: Any, name: str, *, minimum: float | int = -math.inf, strict: bool = False
+    value: Any,
+    name: str,
+    *,
+    minimum: float | int = -math.inf,
+    strict: bool = False,
+    several: bool = False,
 ) -> StoredBound:
     """The form in which a bound is stored, after checking what can be checked.
 
@@ -71,7 +78,9 @@ def check_bound(
     - `name`: the argument's name, for the error.
     - `minimum`: the smallest value allowed. If it is finite, then so is the bound.
     - `strict`: whether `minimum` itself is not allowed.
+    - `several`: whether an array of bounds will do.
     """
+    value = value_of(value)
     if callable(value) and not isinstance(value, (jax.Array, np.ndarray, np.generic)):
         return value if isinstance(value, Schedule) else Schedule(value)
     if isinstance(value, bool) or not isinstance(
@@ -81,53 +90,85 @@ def check_bound(
             f"`{name}` must be a number, a JAX scalar array or an Optax schedule, got "
             f"{value!r}."
         )
-    if isinstance(value, (np.ndarray, jax.Array)) and value.ndim != 0:
+    is_array = isinstance(value, (np.ndarray, jax.Array))
+    if is_array and value.ndim != 0 and not several:
         raise ValueError(
             f"`{name}` must be a scalar, got an array of shape {value.shape}."
         )
     if jnp.iscomplexobj(value):
         raise TypeError(f"`{name}` must be real, got {value!r}.")
     need = _requirement(minimum, strict)
-    if isinstance(value, jax.Array):
+    if isinstance(value, jax.Array) or (is_array and value.ndim != 0):
         # A weak type would make a bound that is replaced later a new trace.
         dtype = value.dtype if _is_floating(value) else float
         value = jnp.asarray(value, dtype=dtype)
+        fine = _is_fine(value, minimum, strict)
         if isinstance(value, Tracer):
-            fine = (value > minimum) if strict else (value >= minimum)
-            return eqx.error_if(value, ~fine, f"`{name}` must be {need}.")
+            value = eqx.error_if(value, ~fine, f"`{name}` must be {need}.")
+        elif not np.all(fine):
+            wrong = np.asarray(value)[~np.asarray(fine)].flat[0]
+            raise ValueError(f"`{name}` must be {need}, got {wrong}.")
+        return Constant.of(value)
     number = float(value)
-    below = number <= minimum if strict else number < minimum
-    endless = math.isfinite(minimum) and math.isinf(number)
-    if math.isnan(number) or (math.isfinite(minimum) and below) or endless:
+    if not _is_fine(number, minimum, strict):
         raise ValueError(f"`{name}` must be {need}, got {number}.")
-    return value if isinstance(value, jax.Array) else Number(number)
+    return Number(number)
+
+
+def _is_fine(value: Any, minimum: float | int, strict: bool) -> Any:
+    """Whether a bound is what is required of it; of an array, each entry."""
+    if not math.isfinite(minimum):
+        return value == value
+    return ((value > minimum) if strict else (value >= minimum)) & (value < math.inf)
 
 
 def check_order(lower: Any, upper: Any, names: tuple[str, str], *, strict: bool):
     """Raises if two bounds, as far as they are known, are in the wrong order."""
-    if any(isinstance(bound, Schedule | Tracer) for bound in (lower, upper)):
-        return
-    if float(lower) > float(upper) or (strict and float(lower) == float(upper)):
+    for bound in (lower, upper):
+        if isinstance(bound, Schedule) or (is_constant(bound) and not bound.is_known):
+            return
+    low, high = np.asarray(lower), np.asarray(upper)
+    try:
+        low, high = np.broadcast_arrays(low, high)
+    except ValueError:
+        raise ValueError(
+            f"`{names[0]}` and `{names[1]}` must have shapes that broadcast to each "
+            f"other, got {low.shape} and {high.shape}."
+        ) from None
+    wrong = low >= high if strict else low > high
+    if np.any(wrong):
         relation = "less than" if strict else "at most"
         raise ValueError(
             f"`{names[0]}` must be {relation} `{names[1]}`, got "
-            f"`{names[0]}={float(lower)}` and `{names[1]}={float(upper)}`."
+            f"`{names[0]}={float(low[wrong].flat[0])}` and "
+            f"`{names[1]}={float(high[wrong].flat[0])}`."
         )
 
 
 def bound_value(
-    bound: float | int | Array | Schedule, dtype, *, toward: float = -math.inf
+    bound: float | int | Array | Constant | Schedule,
+    dtype,
+    *,
+    toward: float = -math.inf,
 ) -> Float[Array, "..."]:
-    """A bound as an array of `dtype`, with no gradient: a scalar, unless it is relative
-    to the norms of several units. A Python number that
-    `dtype` cannot hold is rounded towards `toward`: to the inside of the set."""
+    """A bound as an array of `dtype`, with no gradient: a scalar, unless there are
+    several bounds. What `dtype` cannot hold is rounded towards `toward`: to the inside
+    of the set."""
+    bound = value_of(bound)
     if isinstance(bound, Schedule):
         raise ValueError(
             "A bound that is a schedule needs a step. Use it in `eqxreg.project`, "
             "which counts steps, or give a number or a JAX scalar array."
         )
     if isinstance(bound, jax.Array):
-        return jax.lax.stop_gradient(bound.astype(dtype))
+        bound = jax.lax.stop_gradient(bound)
+        if jnp.finfo(dtype).bits >= jnp.finfo(bound.dtype).bits:
+            return bound.astype(dtype)
+        near = bound.astype(dtype)
+        back = near.astype(bound.dtype)
+        beyond = back > bound if toward < 0 else back < bound
+        inside = jnp.nextafter(near, jnp.full_like(near, toward))
+        return jnp.where(beyond, inside, near)
     exact = np.float64(bound)
     with np.errstate(over="ignore"):
         rounded = np.asarray(exact, dtype=dtype)
@@ -183,6 +224,10 @@ class Parametrization(eqx.Module):
     To write your own, subclass this (or [`eqxreg.Projection`][], if applying the map
     twice is applying it once) and define `__call__` and `inverse`.
 
+    In a wrapper, the arrays that a map holds are constants: no gradient reaches them,
+    and no optimiser moves them. A map that has something to train names those of its
+    fields in `trained`.
+
     !!! example
 
         ```python
@@ -197,6 +242,9 @@ class Parametrization(eqx.Module):
         layer = eqxreg.Constraint(layer, "weight", Cubed())
         ```
     """
+
+    trained: ClassVar[tuple[str, ...]] = ()
+    """The names of the fields whose arrays are trained; all others are constants."""
 
     _degree: ClassVar[int | None] = None
     """The degree in which this is homogeneous: 0 if positive multiples of a weight have
@@ -395,7 +443,7 @@ def _is_schedule(node: Any) -> bool:
     return isinstance(node, Schedule)
 
 
-def _is_floating(value: Array) -> bool:
+def _is_floating(value: Array | np.ndarray) -> bool:
     return jnp.issubdtype(value.dtype, jnp.floating)
 
 

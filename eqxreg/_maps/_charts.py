@@ -14,6 +14,7 @@ import jax.scipy.linalg
 from jax import lax
 from jaxtyping import Array, Inexact
 
+from .._bits import Constant, value_of
 from .._norms import (
     is_half,
     tolerance,
@@ -41,17 +42,17 @@ class _Chart(MatrixMap):
 
     matrix: Rows = eqx.field(static=True)
     blocks: int = eqx.field(static=True)
-    base: Inexact[Array, "..."] | None
+    base: Constant | None
 
     def __init__(
         self,
         matrix: RowAxes,
         blocks: int,
-        base: Inexact[Array, "..."] | None,
+        base: Inexact[Array, "..."] | Constant | None,
     ):
         self.matrix = check_matrix(matrix)
         self.blocks = check_blocks(blocks)
-        self.base = base
+        self.base = None if base is None else Constant.of(value_of(base))
 
     @abc.abstractmethod
     def _move(self, base: Array, skew: Array, across: Array | None) -> Array:
@@ -130,7 +131,7 @@ class _Chart(MatrixMap):
 
     def _base_like(self, weight: Array) -> Array:
         if self.base is not None:
-            return lax.stop_gradient(self._wide(self.base))
+            return lax.stop_gradient(self._wide(value_of(self.base)))
         like = jax.eval_shape(self._wide, weight)
         eye = jnp.eye(*like.shape[1:], dtype=like.dtype)
         return jnp.broadcast_to(eye, like.shape)
@@ -177,7 +178,7 @@ class Cayley(_Chart):
         *,
         matrix: RowAxes = "unit",
         blocks: int = 1,
-        base: Inexact[Array, "..."] | None = None,
+        base: Inexact[Array, "..."] | Constant | None = None,
     ):
         """**Arguments:**
 
@@ -246,7 +247,7 @@ class MatrixExp(_Chart):
         *,
         matrix: RowAxes = "unit",
         blocks: int = 1,
-        base: Inexact[Array, "..."] | None = None,
+        base: Inexact[Array, "..."] | Constant | None = None,
     ):
         """**Arguments:**
 

@@ -295,6 +295,7 @@ class WeightNorm(Parametrization):
 
     gain: Inexact[Array, "..."] | None
     axis: Axis = eqx.field(static=True)
+    trained: ClassVar[tuple[str, ...]] = ("gain",)
     _degree: ClassVar[int | None] = 0
 
     def __init__(self, axis: AxisLike = "unit", gain: Array | None = None):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, PyTree
 
+from .._bits import Constant, value_of
 from ._base import Number, Projection, Schedule, Shaped, check_projection
 
 
@@ -52,9 +53,11 @@ class Relative(Projection):
     """
 
     projection: Projection
-    sizes: Float[Array, "..."] | None
+    sizes: Constant | None
 
-    def __init__(self, projection: Projection, sizes: ArrayLike | None = None):
+    def __init__(
+        self, projection: Projection, sizes: ArrayLike | Constant | None = None
+    ):
         """**Arguments:**
 
         - `projection`: a map that bounds norms: [`eqxreg.MaxNorm`][] with `ord=2`,
@@ -86,7 +89,9 @@ class Relative(Projection):
                     f"relative, got `{option}={given!r}`."
                 )
         self.projection = projection
-        self.sizes = None if sizes is None else jnp.asarray(sizes)
+        self.sizes = (
+            None if sizes is None else Constant.of(jnp.asarray(value_of(sizes)))
+        )
 
     @property
     def _degree(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -127,7 +132,7 @@ class Relative(Projection):
             "Leave it out by `mask` or `where`, or initialise it otherwise.",
         )
 
-    def _absolute(self, sizes: Float[Array, "..."] | None) -> Projection:
+    def _absolute(self, sizes: Float[Array, "..."] | Constant | None) -> Projection:
         """The projection with its bounds multiplied."""
         if sizes is None:
             raise ValueError(
@@ -136,16 +141,19 @@ class Relative(Projection):
                 "or call `Relative(projection).bind(weight)`."
             )
 
+        known: Array = value_of(sizes)
+
         def times(bound: Any) -> Any:
             if isinstance(bound, Schedule):
                 return Schedule(lambda step: times(bound(step)))
-            return jnp.asarray(bound, sizes.dtype) * sizes
+            return jnp.asarray(value_of(bound), known.dtype) * known
 
-        is_bound = lambda node: isinstance(node, Number | Schedule)
+        is_bound = lambda node: isinstance(node, Number | Schedule | Constant)
         return jax.tree.map(times, self.projection, is_leaf=is_bound)
 
     def _start(self, weight: Inexact[Array, "..."]) -> PyTree:
-        sizes = self._sizes_of(weight) if self.sizes is None else self.sizes
+        known = self.sizes is not None
+        sizes = value_of(self.sizes) if known else self._sizes_of(weight)
         return sizes, self._absolute(sizes)._start(weight)
 
     def _step(
