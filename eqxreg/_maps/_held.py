@@ -5,6 +5,7 @@ a map holds only what it says is `trained` stays a floating array.
 """
 
 import dataclasses
+import functools as ft
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
-from .._bits import Constant, is_constant
+from .._bits import Constant
 from ._base import Number, Parametrization, Schedule
 
 
@@ -44,40 +45,32 @@ _ALREADY = (Constant, Number, Schedule)
 
 
 def _held(node: Any) -> Any:
-    """`node` with constants in the place of floating arrays."""
-    if isinstance(node, Parametrization):
-        return _held_map(node)
-    if eqx.is_inexact_array(node):
-        return Constant.of(node)
+    """`node` with constants in the place of floating arrays; `node` itself if there are
+    none, for this is asked whenever a model is built of its leaves."""
     if node is None or isinstance(node, _ALREADY):
         return node
-    # Trees are built of other things than arrays too; of these there is none to hold.
-    leaves = jax.tree.leaves(node, is_leaf=_is_one)
-    if not any(
-        isinstance(x, Parametrization) or eqx.is_inexact_array(x) for x in leaves
-    ):
-        return node
-    inner = lambda x: x if x is node else _held(x)
-    return jax.tree.map(inner, node, is_leaf=_is_one)
+    if eqx.is_inexact_array(node):
+        return Constant.of(node)
+    if isinstance(node, Parametrization):
+        found = [(name, vars(node).get(name)) for name in _constant_fields(type(node))]
+        changed = {k: new for k, old in found if (new := _held(old)) is not old}
+        return _with_fields(node, changed) if changed else node
+    parts, structure = jax.tree.flatten(node, is_leaf=_is_one)
+    held = [x if x is node else _held(x) for x in parts]
+    same = all(new is old for new, old in zip(held, parts, strict=True))
+    return node if same else structure.unflatten(held)
 
 
-def _held_map(p: Parametrization) -> Parametrization:
-    changed = {}
-    for field in dataclasses.fields(p):
-        value = vars(p).get(field.name)
-        if field.metadata.get("static", False) or field.name in type(p).trained:
-            continue
-        if (new := _held(value)) is not value:
-            changed[field.name] = new
-    return _with_fields(p, changed) if changed else p
+@ft.cache
+def _constant_fields(cls: type[Parametrization]) -> tuple[str, ...]:
+    fields = [f for f in dataclasses.fields(cls) if not f.metadata.get("static", False)]
+    return tuple(f.name for f in fields if f.name not in cls.trained)
 
 
 def _with_fields(p: Parametrization, values: dict[str, Any]) -> Parametrization:
-    names = list(values)
-    where = lambda p: [getattr(p, name) for name in names]
-    is_leaf = lambda x: x is None
-    return eqx.tree_at(where, p, [values[name] for name in names], is_leaf=is_leaf)
+    where = lambda p: [getattr(p, name) for name in values]
+    return eqx.tree_at(where, p, [*values.values()], is_leaf=lambda x: x is None)
 
 
 def _is_one(node: Any) -> bool:
-    return is_constant(node) or isinstance(node, Parametrization)
+    return isinstance(node, Parametrization | Constant)
