@@ -9,7 +9,12 @@ all three.
 from importlib.metadata import version as _version
 
 from ._activations import GroupSort as GroupSort, MaxMin as MaxMin
-from ._freeze import Frozen as Frozen, freeze as freeze, thaw as thaw
+from ._freeze import (
+    Frozen as Frozen,
+    cast as cast,
+    freeze as freeze,
+    thaw as thaw,
+)
 from ._lipschitz import (
     certified_radius as certified_radius,
     lipschitz_bound as lipschitz_bound,
@@ -96,6 +101,7 @@ from ._transforms import (
     soft_threshold as soft_threshold,
     weight_decay as weight_decay,
 )
+from ._unbake import strip as strip, unbake as unbake
 from ._wrappers import Constraint as Constraint
 
 

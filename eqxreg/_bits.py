@@ -231,6 +231,10 @@ def is_frozen(node: Any) -> bool:
     return isinstance(node, FrozenArray)
 
 
+def _is_hidden(node: Any) -> bool:
+    return isinstance(node, HiddenArray)
+
+
 def is_constant(node: Any) -> bool:
     return isinstance(node, Constant)
 
@@ -244,6 +248,18 @@ def thawed(tree: _Tree) -> _Tree:
     """`tree` with ordinary arrays in the place of frozen ones; `tree` itself if there
     are none."""
     return _revealed(tree, is_frozen)
+
+
+def frozen_as(old: Any, new: _Tree) -> _Tree:
+    """`new` with frozen arrays wherever `old`, a tree like it, has some."""
+    if not has_frozen(old):
+        return new
+    places = jax.tree.leaves(old, is_leaf=_is_hidden)
+    leaves, structure = jax.tree.flatten(new, is_leaf=_is_hidden)
+    pairs = zip(places, leaves, strict=True)
+    return structure.unflatten(
+        [FrozenArray.of(value_of(x)) if is_frozen(place) else x for place, x in pairs]
+    )
 
 
 def opened(tree: _Tree) -> _Tree:

@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from ._bits import FrozenArray, has_frozen, is_frozen, thawed
+from ._bits import FrozenArray, has_frozen, is_constant, is_frozen, thawed
 from ._model import map_children, wrapping_depth
 from ._select import chosen_leaves, require_selection, trainable
 from ._sites import Site, sites
@@ -28,8 +29,16 @@ class Frozen(Wrapper):
     [`eqxreg.trainables`][], and those of other libraries too. They are no constants of
     compiled programs, and are sharded, stacked and saved as other arrays are.
 
-    Attributes are read from the layer within: `frozen.weight` is the floating array. A
-    wrapper around a frozen layer constrains the frozen weight, in the forward pass.
+    Attributes are read from the layer within: `frozen.weight` is computed with as the
+    array that it is. A wrapper around a frozen layer, of this library or of Equinox,
+    constrains the frozen weight in the forward pass. An array that `eqx.tree_at` puts
+    in the place of a frozen one is an ordinary one, and is trained: freeze it again.
+
+    Code that goes by `eqx.is_array`, as averages and optimisers sometimes do, sees
+    integers. Put into one vector with floats and taken out of it they are what they
+    were; averaged or cast they are an error. [`eqxreg.cast`][] casts a model with
+    frozen parts. Checkpoints are best saved of `eqxreg.thaw(model)`, and load into
+    models that are frozen otherwise or not at all.
 
     [`eqxreg.freeze`][] wraps the layers of a model; [`eqxreg.thaw`][] is the way back.
 
@@ -157,6 +166,59 @@ def thaw(model: _Model) -> _Model:
         return node if is_frozen(node) else map_children(unwrap, node, entries)
 
     return thawed(unwrap(model, ()))
+
+
+def cast(model: _Model, dtype: Any) -> _Model:
+    """Casts the floating arrays of a model, frozen ones too. State and what maps hold
+    stay as they are, and so do complex arrays.
+
+    A cast of one's own, `jax.tree.map` over `eqx.is_inexact_array`, does not see frozen
+    arrays, and one over `eqx.is_array` takes their bits for numbers, which is an error
+    when they are read.
+
+    **Arguments:**
+
+    - `model`: any PyTree.
+    - `dtype`: a floating dtype, such as `jnp.bfloat16`.
+
+    **Returns:**
+
+    The model with arrays of this dtype.
+
+    **Raises:**
+
+    - `TypeError`: if `dtype` is not a floating one.
+
+    !!! example
+
+        ```python
+        >>> import equinox as eqx
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import eqxreg
+        >>> mlp = eqx.nn.MLP(4, 2, 8, depth=1, key=jax.random.key(0))
+        >>> mlp = eqxreg.cast(eqxreg.freeze(mlp, eqxreg.weights), jnp.bfloat16)
+        >>> mlp.layers[0].weight.dtype, mlp.layers[0].bias.dtype
+        (dtype(bfloat16), dtype(bfloat16))
+
+        ```
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"`dtype` must be a floating one, got {jnp.dtype(dtype).name}.")
+
+    def stays(node: Any) -> bool:
+        return is_constant(node) or isinstance(node, eqx.nn.StateIndex | eqx.nn.State)
+
+    def converted(node: Any) -> Any:
+        kind = getattr(node, "dtype", None)
+        if stays(node) or kind is None or not jnp.issubdtype(kind, jnp.floating):
+            return node
+        if is_frozen(node):
+            return FrozenArray.of(node.value.astype(dtype))
+        return node.astype(dtype) if eqx.is_array(node) else node
+
+    is_leaf = lambda node: is_frozen(node) or stays(node)
+    return jax.tree.map(converted, model, is_leaf=is_leaf)
 
 
 def _nothing(tree: PyTree) -> PyTree[bool]:

@@ -82,9 +82,9 @@ def role(owner: Any, name: str) -> Role:
     for types, roles in _ROLES.items():
         if isinstance(owner, types) and name in roles:
             return roles[name]
-    if isinstance(owner, Parametrization):
-        return "bound"
     named = _role_by_name(name)
+    if isinstance(owner, Parametrization):
+        return named if name in owner.trained else "bound"
     # A normalisation of your own, such as `LayerNorm2d`, is told by its name.
     is_norm = re.search(r"Norm(\dd)?$", type(owner).__name__)
     if is_norm and named in ("weight", "bias"):

@@ -29,6 +29,7 @@ def constrain(
     parametrization: Parametrization,
     where: Any = weights,
     *,
+    whole: bool = False,
     key: PRNGKeyArray | None = None,
 ) -> PyTree:
     """Wraps every layer that owns a selected weight in an [`eqxreg.Constraint`][].
@@ -44,16 +45,22 @@ def constrain(
     - `parametrization`: the map, such as [`eqxreg.MaxNorm`][].
     - `where`: which weights: a selector, or a tree of booleans. Defaults to
         [`eqxreg.weights`][].
+    - `whole`: whether to wrap the model as one instead of its layers. A wrapper is what
+        makes the constrained weight, when it is called; a module that reads an array of
+        a layer within it, as in `self.embed.weight @ h`, reads the raw one. In a model
+        that is wrapped as one, every use of a weight sees the constrained one. Defaults
+        to `False`. (Keyword only argument.)
     - `key`: randomness for maps whose wrappers draw some; none of the present ones
         does. (Keyword only argument.)
 
     **Returns:**
 
-    The model, with wrappers around some of its layers.
+    The model, with wrappers around some of its layers or, if `whole`, around itself.
 
     **Raises:**
 
     - `ValueError`: if nothing is selected, or a selected array is in no module.
+    - `TypeError`: if `whole`, and the model is no module.
     - Whatever [`eqxreg.Constraint`][] raises.
 
     !!! example
@@ -68,10 +75,34 @@ def constrain(
         'Constraint'
 
         ```
+
+        An output that is tied to the embedding by hand:
+
+        ```python
+        >>> class Language(eqx.Module):
+        ...     embed: eqx.nn.Embedding
+        ...
+        ...     def __call__(self, token):
+        ...         return self.embed.weight @ self.embed(token)
+        >>> model = Language(eqx.nn.Embedding(5, 4, key=jax.random.key(0)))
+        >>> unit = eqxreg.UnitNorm(axis="unit")
+        >>> model = eqxreg.constrain(model, unit, eqxreg.embeddings, whole=True)
+        >>> print(model(2)[2].round(3))  # the square of a norm
+        1.0
+
+        ```
     """
     del key
     chosen = require_selection(where, model, "where")
     found = sites(model)
+    if whole:
+        if not isinstance(model, eqx.Module):
+            raise TypeError(
+                "`whole=True` wraps the model as one, so it must be an `eqx.Module`, "
+                f"got a {type(model).__name__}. Leave `whole` out to wrap its layers."
+            )
+        own = [s.dotted(0) for s, c in zip(found, chosen, strict=True) if c]
+        return Constraint(model, own[0] if len(own) == 1 else own, parametrization)
     sources = {id(s.leaf) for s, c in zip(found, chosen, strict=True) if c}
     tied = _tied_to(sources, model)
     names: dict[tuple, list[str]] = {}

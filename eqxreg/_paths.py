@@ -23,6 +23,15 @@ def parse(name: str) -> Path:
     return tuple(int(s) if s.isdigit() else s for s in steps)
 
 
+def steps_of(entries: Sequence[Any]) -> Path:
+    """A key path of JAX as a path."""
+    names = ("name", "key", "idx")
+    return tuple(
+        next(getattr(entry, name) for name in names if hasattr(entry, name))
+        for entry in entries
+    )
+
+
 def check_names(weight_name: Any) -> str | tuple[str, ...]:
     """A name, or several different ones; else an error."""
     names = (weight_name,) if isinstance(weight_name, str) else weight_name

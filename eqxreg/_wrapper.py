@@ -72,6 +72,30 @@ class Wrapper(eqx.nn.StatefulLayer):
                 return layer(*args, **_accepted(layer, kwargs))
             return layer(*args, **_accepted(layer, kwargs)), state
 
+    # A sequence of layers stays one. Python looks for these on the class alone.
+
+    def __len__(self) -> int:
+        return len(self._as_it_computes("its length"))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._as_it_computes("its layers"))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._as_it_computes("its layers")[index]
+
+    def __bool__(self) -> bool:
+        inner = unwrapped(self)
+        return len(self) > 0 if hasattr(type(inner), "__len__") else True
+
+    def _as_it_computes(self, what: str) -> Any:
+        """The plain layer with its constrained weights."""
+        if needs_state(self):
+            raise AttributeError(
+                f"{what} of a layer whose constraint needs state: read it from "
+                f"`eqxreg.bake(layer, state)`."
+            )
+        return evaluate(self, None, None)[0]
+
     def __getattr__(self, name: str) -> Any:
         # `inference_mode` would find the layer's flag twice; dunder names are how
         # Python asks what we are ourselves.
@@ -91,12 +115,7 @@ class Wrapper(eqx.nn.StatefulLayer):
         computes = hasattr(inspect.getattr_static(type(node), name, None), "__get__")
         if name in vars(node) or not computes:
             return _read(getattr(node, name))
-        if needs_state(self):
-            raise AttributeError(
-                f"`{name}` of a layer whose constraint needs state: read it from "
-                f"`eqxreg.bake(layer, state)`."
-            )
-        return getattr(evaluate(self, None, None)[0], name)
+        return getattr(self._as_it_computes(f"`{name}`"), name)
 
 
 class _Probe(eqx.Module):
@@ -123,12 +142,17 @@ def needs_state(node: Any) -> bool:
     )
 
 
+def needs_foreign_state(node: Any) -> bool:
+    """Whether there is a stateful wrapper that is not ours, and cannot do without."""
+    return any(map(_is_foreign_and_stateful, _wrappers_within(node)))
+
+
 def _depends_on_state(node: Any) -> bool:
     """Whether a wrapper cannot do without a state: one that is not ours cannot, nor can
     a layer that is stateful itself."""
     inner = unwrapped(node)
     stateful = isinstance(inner, eqx.nn.StatefulLayer) and inner.is_stateful()
-    return stateful or any(map(_is_foreign_and_stateful, _wrappers_within(node)))
+    return stateful or needs_foreign_state(node)
 
 
 def _is_foreign_and_stateful(wrapper: Any) -> bool:

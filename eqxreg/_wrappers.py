@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array
 
-from ._bits import FrozenArray, is_frozen, opened
+from ._bits import FrozenArray, frozen_as, is_frozen, opened, thawed
 from ._layers import is_tied, is_wrapper, only_calls, only_multiplies, rank
 from ._maps import Parametrization, Projection
 from ._maps._base import factored, has_schedule
@@ -202,7 +202,7 @@ def _wrap(
     p, raw = _bind(p, leaf, weight_rank)
     # A projection's raw weight is the one that is there.
     if not isinstance(p, Projection):
-        layer = _write(layer, parse(name), raw)
+        layer = write(layer, parse(name), raw)
     return layer, p, weight_rank
 
 
@@ -226,7 +226,7 @@ def _bind(p: Parametrization, weight: Any, weight_rank: int) -> tuple[Any, Any]:
     return eqx.filter_vmap(lambda w: _bind(p, w, weight_rank))(weight)
 
 
-def _write(node: Any, path: Path, value: Any) -> Any:
+def write(node: Any, path: Path, value: Any) -> Any:
     """`node` with the raw array at `path` from which evaluation makes `value`."""
     if not path:
         return FrozenArray.of(value) if is_frozen(node) else value
@@ -234,15 +234,15 @@ def _write(node: Any, path: Path, value: Any) -> Any:
         for i, name in enumerate(names_of(node.weight_name)):
             weight_rank = node._ranks[i]
             if parse(name) == path and weight_rank is not None:
-                p = opened(node.parametrizations[i])
-                p, value = _bind(p, value, weight_rank)
-                maps = [*node.parametrizations]
-                maps[i] = p
+                maps, old = [*node.parametrizations], node.parametrizations[i]
+                p, value = _bind(thawed(opened(old)), value, weight_rank)
+                maps[i] = frozen_as(old, p)
                 node = replace(node, "parametrizations", HeldMaps(maps))
     if is_wrapper(node):
-        inner = _write(node.layer, path, value)
+        inner = write(node.layer, path, value)
         if isinstance(node, eqx.nn.WeightNorm):
-            return eqx.nn.WeightNorm(inner, node.weight_name, node.axis)
+            new = eqx.nn.WeightNorm(inner, node.weight_name, node.axis)
+            return replace(new, "g", frozen_as(node.g, new.g))
         return replace(node, "layer", inner)
     step, *rest = path
-    return replace(node, step, _write(child(node, step), tuple(rest), value))
+    return replace(node, step, write(child(node, step), tuple(rest), value))

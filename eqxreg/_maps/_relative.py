@@ -105,13 +105,15 @@ class Relative(Projection):
     ) -> tuple["Relative", Inexact[Array, "*shape"]]:
         """**Arguments:**
 
-        - `weight`: the weight whose norms are the units.
+        - `weight`: the weight whose norms are the units, unless there are `sizes`.
 
         **Returns:**
 
         This map with these norms, and `weight`.
         """
-        return Relative(self.projection, self._sizes_of(weight)), weight
+        known = self.sizes is not None
+        sizes = self.sizes if known else self._sizes_of(weight)
+        return Relative(self.projection, sizes), weight
 
     def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         return self._absolute(self.sizes)(raw)
