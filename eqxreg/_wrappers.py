@@ -179,14 +179,16 @@ def on_stack(
     if weight_rank is None or raw.ndim <= weight_rank:
         return fn(p, raw)
 
-    # A map's own arrays were stacked when it was bound to a stack.
-    def stacked(leaf: Any) -> int | None:
-        return 0 if eqx.is_array(leaf) and leaf.ndim > 0 else None
-
-    def inner(p: Parametrization, raw: Array) -> Array:
+    def inner(p: Parametrization, raw: Array) -> Any:
         return on_stack(fn, p, weight_rank, raw)
 
-    return jax.vmap(inner, in_axes=(jax.tree.map(stacked, p), 0))(p, raw)
+    return eqx.filter_vmap(inner, in_axes=(_stack_axes(p), 0))(p, raw)
+
+
+def _stack_axes(p: Parametrization) -> Any:
+    """Where the arrays of a map were stacked, when it was bound to a stack."""
+    stacked = lambda leaf: 0 if eqx.is_array(leaf) and leaf.ndim > 0 else None
+    return jax.tree.map(stacked, p)
 
 
 def _wrap(
@@ -235,7 +237,9 @@ def write(node: Any, path: Path, value: Any) -> Any:
             weight_rank = node._ranks[i]
             if parse(name) == path and weight_rank is not None:
                 maps, old = [*node.parametrizations], node.parametrizations[i]
-                p, value = _bind(thawed(opened(old)), value, weight_rank)
+                own = thawed(opened(old))
+                bind = lambda p, weight: p.bind(weight)
+                p, value = on_stack(bind, own, weight_rank, value)
                 maps[i] = frozen_as(old, p)
                 node = replace(node, "parametrizations", HeldMaps(maps))
     if is_wrapper(node):
