@@ -5,11 +5,13 @@ weights from biases; wrappers read it to tell a weight from a stack of weights.
 """
 
 import re
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
 import jax
+import jax.tree_util as jtu
 
 from ._maps import Parametrization, WeightNorm
 
@@ -92,12 +94,13 @@ def role(owner: Any, name: str) -> Role:
     return named
 
 
-def rank(owner: Any, name: str, ndim: int) -> int:
-    """The rank of the array `name` in one layer of this type, whatever stack the layer
-    is in now; `ndim`, the array's own rank, where the type does not tell."""
+def rank(owner: Any, path: tuple[Any, ...], ndim: int) -> int:
+    """The rank of the array at `path`, a field and perhaps keys within it, in one
+    module of this type, whatever stack the module is in now; `ndim`, the array's own
+    rank, where the type does not tell."""
     for types, ranks in _RANKS.items():
-        if isinstance(owner, types) and name in ranks:
-            return ranks[name](owner)
+        if isinstance(owner, types) and path and path[0] in ranks:
+            return min(ranks[path[0]](owner), ndim)
     return ndim
 
 
@@ -107,6 +110,32 @@ def is_wrapper(node: Any) -> bool:
     `eqx.nn.SpectralNorm` and `eqx.nn.WeightNorm`."""
     fields = getattr(type(node), "__dataclass_fields__", {})
     return isinstance(node, eqx.Module) and {"layer", "weight_name"} <= fields.keys()
+
+
+def is_module(node: Any) -> bool:
+    """Whether a node is a module, or works as one: JAX takes it apart, and it neither
+    is a mere container nor stands for one array."""
+    if isinstance(node, (eqx.Module, eqx.nn.State)):
+        return True
+    if jtu.all_leaves([node]) or node is None:
+        return False
+    if isinstance(node, (list, tuple, Mapping, deque)):
+        return callable(node)
+    return not (hasattr(node, "shape") and hasattr(node, "dtype"))
+
+
+def has_methods(node: Any) -> bool:
+    """Whether a module has methods or properties of its own, which may compute with the
+    arrays within."""
+    fields = getattr(type(node), "__dataclass_fields__", {})
+    return any(
+        hasattr(attribute, "__get__")
+        and not isinstance(attribute, (classmethod, staticmethod))
+        and not (name.startswith("__") or name.startswith("_abc_") or name in fields)
+        for cls in type(node).__mro__
+        if cls.__module__.split(".")[0] not in ("equinox", "builtins", "typing")
+        for name, attribute in vars(cls).items()
+    )
 
 
 def only_multiplies(owner: Any, name: str | int) -> bool:
@@ -128,6 +157,13 @@ def degree(wrapper: Any, i: int) -> int | None:
         return 0
     maps = getattr(wrapper, "parametrizations", ())
     return maps[i]._degree if i < len(maps) else None
+
+
+def recorded_rank(wrapper: Any, i: int) -> int | None:
+    """The rank of its `i`th weight in one layer, as one of our wrappers saw it when it
+    was built."""
+    ranks = vars(wrapper).get("_ranks", ())
+    return ranks[i] if i < len(ranks) else None
 
 
 def is_tied(leaf: Any) -> bool:

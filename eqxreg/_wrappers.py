@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array
 
 from ._bits import FrozenArray, is_frozen
-from ._layers import is_tied, is_wrapper, only_calls, only_multiplies, rank
+from ._layers import is_tied, is_wrapper, only_calls, only_multiplies
 from ._maps import Parametrization, Projection
 from ._maps._base import factored, has_schedule
 from ._paths import (
@@ -20,6 +20,8 @@ from ._paths import (
     names_of,
     nodes_along,
     parse,
+    rank_of,
+    stored_name,
 )
 from ._wrapper import Wrapper, evaluate, needs_state, replace
 
@@ -75,13 +77,14 @@ class Constraint(Wrapper):
             wrapper.
         - `weight_name`: the name of the layer's array, such as `"weight"`; a dotted
             path, such as `"query_proj.weight"` or `"layers.0.weight"`; or a tuple of
-            these.
+            these. A key that a dotted path cannot hold is put in brackets, as in
+            `"params['fc.weight']"`.
         - `parametrization`: the map, such as [`eqxreg.MaxNorm`][].
 
         **Raises:**
 
-        - `ValueError`: if the layer has no such array, it is `None`, or its rank is too
-            low for the map.
+        - `ValueError`: if the layer has no such array, it is `None` or a property that
+            is computed, or its rank is too low for the map.
         - `TypeError`: if the array is not floating or complex, or `parametrization` is
             not a map.
         """
@@ -96,9 +99,11 @@ class Constraint(Wrapper):
                 "Use the map in `eqxreg.project`, or give a JAX scalar array and "
                 "replace it as you train."
             )
-        self.weight_name = check_names(weight_name)
+        weight_name = check_names(weight_name)
+        names = tuple(stored_name(layer, name) for name in names_of(weight_name))
+        self.weight_name = names[0] if isinstance(weight_name, str) else names
         bound, ranks = [], []
-        for name in names_of(self.weight_name):
+        for name in names:
             layer, p, weight_rank = _wrap(layer, name, parametrization)
             bound.append(p)
             ranks.append(weight_rank)
@@ -193,10 +198,10 @@ def _wrap(
 ) -> tuple[Any, Parametrization, int | None]:
     """`layer` with the raw array that `p` needs, `p` bound to it, and the rank of the
     array in one layer, which is not known of an array that is tied to another."""
-    owner, field, leaf = find_array(layer, name)
+    _, _, leaf = find_array(layer, name)
     if is_tied(leaf):
         return layer, p, None
-    weight_rank = rank(owner, field, leaf.ndim)
+    weight_rank = rank_of(layer, name, leaf.ndim)
     _, leaf = current(layer, name)
     p, raw = _bind(p, leaf, weight_rank)
     # A projection's raw weight is the one that is there.
@@ -219,7 +224,8 @@ def current(layer: Any, name: str) -> tuple[Any, Any]:
 
 def _bind(p: Parametrization, weight: Any, weight_rank: int) -> tuple[Any, Any]:
     """`p.bind`, of each weight in a stack."""
-    p.check(jax.ShapeDtypeStruct(weight.shape[-weight_rank:], weight.dtype))
+    shape = weight.shape[weight.ndim - weight_rank :]
+    p.check(jax.ShapeDtypeStruct(shape, weight.dtype))
     if weight.ndim == weight_rank:
         return p.bind(weight)
     return eqx.filter_vmap(lambda w: _bind(p, w, weight_rank))(weight)
@@ -239,7 +245,8 @@ def _write(node: Any, path: Path, value: Any) -> Any:
     if is_wrapper(node):
         inner = _write(node.layer, path, value)
         if isinstance(node, eqx.nn.WeightNorm):
-            return eqx.nn.WeightNorm(inner, node.weight_name, node.axis)
+            fresh = eqx.nn.WeightNorm(inner, node.weight_name, node.axis)
+            node = replace(node, "g", fresh.g)
         return replace(node, "layer", inner)
     step, *rest = path
     return replace(node, step, _write(child(node, step), tuple(rest), value))
