@@ -1,7 +1,8 @@
-"""What is known of Equinox's layers: which of their arrays are what, and of what rank.
+"""What is known of modules: which of their arrays are what, and of what rank.
 
-The one place with names of layers and of their fields. Selectors read it to tell
-weights from biases; wrappers read it to tell a weight from a stack of weights.
+The one place with names of Equinox's layers and of their fields; of modules of your own
+the names of fields and classes tell, and annotations. Selectors read it to tell weights
+from biases; wrappers read it to tell a weight from a stack of weights.
 """
 
 import re
@@ -35,6 +36,19 @@ _RECURRENT: dict[str, Role] = {
     "bias": "bias",
     "bias_n": "bias",
 }
+_LAYERS = (
+    eqx.nn.Linear,
+    eqx.nn.Conv,
+    eqx.nn.ConvTranspose,
+    eqx.nn.GRUCell,
+    eqx.nn.LSTMCell,
+    eqx.nn.Embedding,
+    eqx.nn.MultiheadAttention,
+    eqx.nn.MLP,
+    eqx.nn.Sequential,
+)
+"""What is no normalisation, nor are its subclasses, whatever they are called."""
+
 _ROLES: dict[type | tuple[type, ...], dict[str, Role]] = {
     eqx.nn.Embedding: {"weight": "embedding"},
     (eqx.nn.GRUCell, eqx.nn.LSTMCell): _RECURRENT,
@@ -87,11 +101,26 @@ def role(owner: Any, name: str) -> Role:
     if isinstance(owner, Parametrization):
         return "bound"
     named = _role_by_name(name)
-    # A normalisation of your own, such as `LayerNorm2d`, is told by its name.
-    is_norm = re.search(r"Norm(\dd)?$", type(owner).__name__)
-    if is_norm and named in ("weight", "bias"):
+    if named in ("weight", "bias") and _is_normalisation(owner):
         return "scale" if named == "weight" else "shift"
     return named
+
+
+def _is_normalisation(owner: Any) -> bool:
+    """Whether a module normalises activations. Equinox's layers are known by type, and
+    with them their subclasses. A module of your own is told by its name: it ends in
+    `Norm`, as `LayerNorm2d` does, and holds neither a norm of weights, as `MaxNorm`,
+    nor a layer, as `ConvNorm` does."""
+    if isinstance(owner, _LAYERS):
+        return False
+    name = type(owner).__name__
+    return bool(_NORM.search(name)) and not _NORM_OF_WEIGHTS.search(name)
+
+
+_NORM = re.compile(r"Norm(ali[sz]ation|ali[sz]er)?(\d?[dD])?$")
+_NORM_OF_WEIGHTS = re.compile(
+    r"(Max|Unit|Weight|Spectral)Norm|Conv|Linear|Dense|Embed|Attention"
+)
 
 
 def rank(owner: Any, path: tuple[Any, ...], ndim: int) -> int:
@@ -104,12 +133,36 @@ def rank(owner: Any, path: tuple[Any, ...], ndim: int) -> int:
     return ndim
 
 
+_WRAPPERS = (eqx.nn.SpectralNorm, eqx.nn.WeightNorm)
+
+
 def is_wrapper(node: Any) -> bool:
-    """Whether `node` is a wrapper: ours, or one that works as ours do, for it rewrites
-    the array `weight_name` of its `layer` with `tree_at` and calls the layer. So do
-    `eqx.nn.SpectralNorm` and `eqx.nn.WeightNorm`."""
-    fields = getattr(type(node), "__dataclass_fields__", {})
-    return isinstance(node, eqx.Module) and {"layer", "weight_name"} <= fields.keys()
+    """Whether all that `node` does, when it is called, is to rewrite the arrays
+    `weight_name` of its `layer` and to call that. Known are Equinox's
+    `eqx.nn.SpectralNorm` and `eqx.nn.WeightNorm`, and ours. Other classes say so by the
+    class attribute `rewrites_weight = True`. It speaks of the `__call__` of its class:
+    a subclass with one of its own says it again, or is a module like any other."""
+    if not isinstance(node, eqx.Module):
+        return False
+    for cls in type(node).__mro__:
+        if cls in _WRAPPERS:
+            return True
+        if "rewrites_weight" in vars(cls):
+            return bool(vars(cls)["rewrites_weight"]) and _has_fields(type(node))
+        if "__call__" in vars(cls):
+            return False
+    return False
+
+
+def _has_fields(cls: type) -> bool:
+    missing = {"layer", "weight_name"} - vars(cls)["__dataclass_fields__"].keys()
+    if missing:
+        raise TypeError(
+            f"`{cls.__name__}` has `rewrites_weight = True`, so that it must have the "
+            "fields `layer` and `weight_name`, and it lacks "
+            f"{', '.join(f'`{name}`' for name in sorted(missing))}."
+        )
+    return True
 
 
 def is_module(node: Any) -> bool:
@@ -171,13 +224,23 @@ def is_tied(leaf: Any) -> bool:
     return isinstance(leaf, _SharedNode)
 
 
+_STEMS: dict[str, Role] = {
+    "weight": "weight",
+    "kernel": "weight",
+    "bias": "bias",
+    "embedding": "embedding",
+}
+_PREFIXES: dict[str, Role] = {"weight": "weight", "bias": "bias"}
+
+
 def _role_by_name(name: str) -> Role:
-    for stem in ("weight", "kernel", "bias", "embedding"):
-        if name == stem or name.endswith(f"_{stem}"):
-            return "weight" if stem == "kernel" else stem
-    for stem in ("weight", "bias"):
-        if name.startswith(f"{stem}_"):
-            return stem
+    # Several are named in the plural.
+    for stem, found in _STEMS.items():
+        if re.search(rf"(^|_){stem}(s|es)?$", name):
+            return found
+    for stem, found in _PREFIXES.items():
+        if re.match(rf"{stem}(s|es)?_", name):
+            return found
     return "other"
 
 

@@ -44,6 +44,11 @@ class Constraint(Wrapper):
     wrapper knows a stack when it sees one; a stack of your own modules should be
     wrapped inside the `eqx.filter_vmap` that builds it.
 
+    Wrappers of others are looked through if they only rewrite a weight:
+    `eqx.nn.SpectralNorm` and `eqx.nn.WeightNorm` are, and a class of your own with
+    fields `layer` and `weight_name` is if it has the class attribute
+    `rewrites_weight = True`.
+
     !!! example
 
         ```python
