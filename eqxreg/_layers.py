@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
+from ._annotations import declared_rank
 from ._maps import Parametrization, WeightNorm
 
 
@@ -127,6 +128,9 @@ def rank(owner: Any, path: tuple[Any, ...], ndim: int) -> int:
     """The rank of the array at `path`, a field and perhaps keys within it, in one
     module of this type, whatever stack the module is in now; `ndim`, the array's own
     rank, where the type does not tell."""
+    declared = declared_rank(owner, path)
+    if declared is not None:
+        return min(declared, ndim)
     for types, ranks in _RANKS.items():
         if isinstance(owner, types) and path and path[0] in ranks:
             return min(ranks[path[0]](owner), ndim)

@@ -41,8 +41,10 @@ class Constraint(Wrapper):
 
     Layers that are stacked, by `eqx.filter_vmap` or as in
     `eqx.nn.MLP(..., scan=True)`, are constrained one by one. For Equinox's layers the
-    wrapper knows a stack when it sees one; a stack of your own modules should be
-    wrapped inside the `eqx.filter_vmap` that builds it.
+    wrapper knows a stack when it sees one. A class of your own says how many axes its
+    weight has in one module: by its annotation, as in `weight: Float[Array, "out in"]`,
+    or by `weight: Array = eqx.field(metadata={"ndim": 2})`. If it says nothing, wrap
+    its modules inside the `eqx.filter_vmap` that stacks them.
 
     Wrappers of others are looked through if they only rewrite a weight:
     `eqx.nn.SpectralNorm` and `eqx.nn.WeightNorm` are, and a class of your own with
