@@ -54,9 +54,8 @@ def _evaluated(annotation: Any, declaring: type) -> Any:
     if not isinstance(annotation, str):
         return annotation
     module = sys.modules.get(declaring.__module__)
-    names = {**vars(typing), **vars(declaring), declaring.__name__: declaring}
     try:
-        return eval(annotation, dict(vars(module)) if module else {}, names)
+        return eval(annotation, dict(vars(module)) if module else {})
     except Exception:
         # It names what is only there for type checkers, or local to a function.
         return None

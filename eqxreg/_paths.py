@@ -11,14 +11,14 @@ import ast
 import dataclasses
 import functools as ft
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from ._bits import thawed
+from ._bits import is_frozen, thawed
 from ._layers import is_module, is_tied, is_wrapper, rank
 
 
@@ -248,17 +248,23 @@ def rank_of(layer: Any, name: str, ndim: int) -> int:
 
 
 def _what_there_is(node: Any) -> str:
-    arrays, inside = [], []
-    for entry, inner in children_of(node):
-        found, _ = jtu.tree_flatten_with_path(thawed(unwrapped(inner)))
-        paths = [path for path, leaf in found if eqx.is_inexact_array(leaf)]
-        if paths == [()]:
-            arrays.append(f'"{write([entry])}"')
-        elif paths:
-            inside.append((write([entry]), write([entry, *paths[0]])))
+    places = list(_arrays_in(node))
+    arrays = [f'"{write(place)}"' for place in places if len(place) == 1]
     if arrays:
         return f"It has {', '.join(arrays)}."
-    if inside:
-        names = ", ".join(f'"{name}"' for name, _ in inside)
-        return f'It has no arrays itself; they are in {names}, as in "{inside[0][1]}".'
+    if inside := dict.fromkeys(write(place[:1]) for place in places if place):
+        names = ", ".join(f'"{name}"' for name in inside)
+        return (
+            f'It has no arrays itself; they are in {names}, as in "{write(places[0])}".'
+        )
     return "It has no arrays."
+
+
+def _arrays_in(node: Any) -> Iterator[tuple[Any, ...]]:
+    """The key paths to the arrays in a node, wrappers looked through."""
+    if is_frozen(node) or eqx.is_inexact_array(node):
+        yield ()
+        return
+    for entry, inner in children_of(unwrapped(node)):
+        for rest in _arrays_in(inner):
+            yield (entry, *rest)

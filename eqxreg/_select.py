@@ -346,7 +346,8 @@ def part(where: Any, tree: PyTree) -> Any:
         for path in paths:
             require_selection(Selector(_Under((path,)), repr(path)), tree, "where")
         return trainable & Selector(_Under(paths), repr(where))
-    if not callable(where) or isinstance(where, Selector | type) or _is_mask(where):
+    is_tree = _is_mask(where) or _is_of_numbers(where)
+    if is_tree or isinstance(where, Selector | type) or not callable(where):
         return where
     found = where(tree)
     if _is_mask(found):

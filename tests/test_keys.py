@@ -224,3 +224,8 @@ def test_an_error_names_what_there_is_in_any_node():
     text = r'are in "held", as in "held\.b\.0"'
     with pytest.raises(ValueError, match=text):
         eqxreg.Constraint(model, "weight", P)
+    # Wrappers are no part of a name.
+    mlp = eqx.nn.MLP(4, 2, 8, depth=1, key=jax.random.key(0))
+    mlp = eqxreg.freeze(eqxreg.constrain(mlp, P), "layers[0]")
+    with pytest.raises(ValueError, match='in "layers", as in "layers.0.weight"'):
+        eqxreg.Constraint(mlp, "weight", P)

@@ -89,8 +89,11 @@ def test_a_path_or_a_part_where_weights_are_meant_names_the_remedy(mlp):
     with pytest.raises(ValueError, match="must have the structure of the model"):
         eqxreg.freeze(mlp, [True, False])
     for ones in (jax.tree.map(lambda _: 1, mlp), {"a": np.float32(1)}, 1):
-        with pytest.raises(TypeError, match="must be one of booleans.*jax.tree.map.bo"):
-            eqxreg.constrain(mlp, P, ones)
+        for act in (eqxreg.freeze, lambda m, where: eqxreg.constrain(m, P, where)):
+            with pytest.raises(
+                TypeError, match="must be one of booleans.*tree.map.boo"
+            ):
+                act(mlp, ones)
     for nothing in ("", [], ["layers", "."]):
         with pytest.raises(ValueError, match="`under` must be a string such as"):
             eqxreg.select(under=nothing)
