@@ -58,6 +58,21 @@ class Selector:
         chosen = [self.selects(site) for site in sites(tree)]
         return jax.tree.unflatten(jax.tree.structure(tree), chosen)
 
+    def under(self, *paths: str) -> "Selector":
+        """**Arguments:**
+
+        - `*paths`: paths from the root of a model, such as `"layers[0]"` or
+            `"encoder.blocks.3"`. Wrappers on the way may be left out.
+
+        **Returns:**
+
+        A selector of those arrays of this one's that are at one of the paths or below
+        it: `eqxreg.trainable.under("layers[0]")` selects all arrays of that layer.
+        """
+        selects = _Both(self._selects, _Under(_strings(paths, "paths")))
+        text = ", ".join(map(repr, paths))
+        return Selector(selects, f"{self._text}.under({text})")
+
     def __or__(self, other: "Selector") -> "Selector":
         if not isinstance(other, Selector):
             return NotImplemented
@@ -345,7 +360,7 @@ def part(where: Any, tree: PyTree) -> Any:
         paths = _strings(where, "where")
         for path in paths:
             require_selection(Selector(_Under((path,)), repr(path)), tree, "where")
-        return trainable & Selector(_Under(paths), repr(where))
+        return trainable.under(*paths)
     is_tree = _is_mask(where) or _is_of_numbers(where)
     if is_tree or isinstance(where, Selector | type) or not callable(where):
         return where
@@ -397,8 +412,9 @@ def chosen_leaves(where: Any, tree: PyTree) -> list[bool]:
     is_mask = _is_mask(where)
     if isinstance(where, str):
         raise TypeError(
-            "Which weights is said by a selector. For those at a path or below it, "
-            f"write `eqxreg.select(under={where!r})`, got {where!r}."
+            f"Which weights is said by a selector, and not by {where!r}. For those at "
+            f"that path or below it write `eqxreg.weights.under({where!r})`, and "
+            f"`eqxreg.trainable.under({where!r})` for all arrays there."
         )
     if not is_mask and _is_of_numbers(where):
         raise TypeError(
@@ -418,8 +434,8 @@ def chosen_leaves(where: Any, tree: PyTree) -> list[bool]:
         raise TypeError(
             "A function that says which weights must return a tree of booleans of the "
             f"structure of the model, and {where!r} returned {type(mask).__name__}. "
-            'For the weights of a part of it, write `eqxreg.select(under="layers[0]")` '
-            "with the path of that part."
+            "For the weights of a part of it write "
+            '`eqxreg.weights.under("layers[0]")`, with the path of that part.'
         )
     try:
         chosen = jax.tree.leaves(jax.tree.broadcast(mask, tree))

@@ -35,7 +35,8 @@ def mlp(key):
         ["layers[1].weight", "layers.1.bias"],
         lambda m: m.layers[1],
         lambda m: [m.layers[1].weight, m.layers[1].bias],
-        eqxreg.trainable & eqxreg.select(names=("weight", "bias"), under="layers[1]"),
+        eqxreg.trainable.under("layers[1]"),
+        eqxreg.select(names=("weight", "bias"), under="layers[1]"),
     ],
 )
 def test_all_arrays_at_a_path_are_frozen(where, mlp):
@@ -72,6 +73,10 @@ def test_select_under_a_path_narrows_what_is_selected(mlp):
         ".layers[1].bias",
         ".layers[11].bias",
     ]
+    assert paths(mlp, eqxreg.biases.under("layers[1]", "layers[11].bias")) == [
+        ".layers[1].bias",
+        ".layers[11].bias",
+    ]
     assert paths({"a": mlp}, select(under="a.layers.2")) == ["['a'].layers[2].weight"]
     wrapped = eqxreg.constrain(mlp, P, select(under="layers[1]"))
     kinds = [type(layer) is eqxreg.Constraint for layer in wrapped.layers]
@@ -79,10 +84,10 @@ def test_select_under_a_path_narrows_what_is_selected(mlp):
 
 
 def test_a_path_or_a_part_where_weights_are_meant_names_the_remedy(mlp):
-    text = r"eqxreg.select\(under='layers\[0\]'\)"
+    text = r"`eqxreg.weights.under\('layers\[0\]'\)`.*trainable.under"
     with pytest.raises(TypeError, match=text):
         eqxreg.constrain(mlp, P, "layers[0]")
-    with pytest.raises(TypeError, match="A function .*returned Linear.*select.under="):
+    with pytest.raises(TypeError, match="A function .*returned Linear.*weights.under"):
         eqxreg.constrain(mlp, P, lambda m: m.layers[0])
     with pytest.raises(TypeError, match="returned MLP"):
         eqxreg.l2_penalty(mlp, 1.0, where=lambda m: jax.tree.map(lambda _: 1, m))
@@ -131,6 +136,7 @@ SELECTORS = {
     "select": eqxreg.select(
         eqx.nn.Linear, names=["weight"], under="layers", where=is_square
     ),
+    "under": eqxreg.weights.under("layers[0]", "layers[1]"),
     "combined": (eqxreg.weights | eqxreg.biases) & ~eqxreg.select(under="layers[0]"),
 }
 
