@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from ._bits import FrozenArray, has_frozen, is_constant, is_frozen, thawed
 from ._model import map_children, wrapping_depth
-from ._select import chosen_leaves, require_selection, trainable
+from ._select import chosen_leaves, part, require_selection, trainable
 from ._sites import Site, sites
 from ._wrapper import Wrapper, evaluate
 
@@ -65,13 +65,14 @@ class Frozen(Wrapper):
 
         - `layer`: the layer to wrap: an Equinox layer, a module of your own, or another
             wrapper.
-        - `where`: which of its arrays: a selector, or a tree of booleans. Defaults to
+        - `where`: which of its arrays, as in [`eqxreg.freeze`][]. Defaults to
             [`eqxreg.trainable`][]: all of them.
 
         **Raises:**
 
         - `ValueError`: if nothing is selected.
         """
+        where = part(where, layer)
         if has_frozen(layer):
             chosen = chosen_leaves(where, layer)
         else:
@@ -106,9 +107,11 @@ def freeze(model: PyTree, where: Any) -> PyTree:
     **Arguments:**
 
     - `model`: any PyTree of layers, such as a model.
-    - `where`: which arrays: a selector, such as [`eqxreg.weights`][] or
-        `eqxreg.everything`, or a tree of booleans. State and the bounds of maps are not
-        trained anyway, and stay as they are.
+    - `where`: which arrays: the path of a part of the model, such as `"layers[0]"`, or
+        several, for all arrays at it and below; a function to such a part, as in
+        `eqx.tree_at`; a selector, such as [`eqxreg.weights`][] or `eqxreg.everything`;
+        or a tree of booleans. State and the bounds of maps are not trained anyway, and
+        stay as they are.
 
     **Returns:**
 
@@ -116,8 +119,8 @@ def freeze(model: PyTree, where: Any) -> PyTree:
 
     **Raises:**
 
-    - `ValueError`: if nothing is selected, or a selected array is in no module that can
-        be called.
+    - `ValueError`: if nothing is selected, one of the paths leads nowhere, or a
+        selected array is in no module.
 
     !!! example
 
@@ -126,13 +129,13 @@ def freeze(model: PyTree, where: Any) -> PyTree:
         >>> import jax
         >>> import eqxreg
         >>> mlp = eqx.nn.MLP(4, 2, 8, depth=1, key=jax.random.key(0))
-        >>> first = eqxreg.select(where=lambda path, layer, array: "layers[0]" in path)
-        >>> mlp = eqxreg.freeze(mlp, first)
-        >>> [path for path, _ in eqxreg.trainables(mlp, eqxreg.weights, paths=True)]
-        ['.layers[1].weight']
+        >>> mlp = eqxreg.freeze(mlp, "layers[0]")
+        >>> [path for path, _ in eqxreg.trainables(mlp, paths=True)]
+        ['.layers[1].weight', '.layers[1].bias']
 
         ```
     """
+    where = part(where, model)
     chosen = _trainable_ones(require_selection(where, model, "where"), model)
     found = [s for s, c in zip(sites(model), chosen, strict=True) if c]
     # An array within a frozen layer needs no other wrapper.

@@ -139,17 +139,14 @@ def subjects_of(
 
 
 def _subject(site: Site, projection: Projection | None) -> Subject:
-    ranks, maps = [site.rank], []
-    for _, wrapper, i in site.wrappers:
-        if isinstance(wrapper, Constraint):
-            # It knows stacks of the user's own modules too.
-            known = wrapper._ranks[i]
-            ranks.append(site.rank if known is None else known)
-            maps.append(opened(wrapper.parametrizations[i]))
-        else:
-            maps.append(wrapper)
+    maps = [
+        opened(wrapper.parametrizations[i])
+        if isinstance(wrapper, Constraint)
+        else wrapper
+        for _, wrapper, i in site.wrappers
+    ]
     given = [] if maps or projection is None else [projection]
-    return Subject(site, min(ranks), (*maps, *given), is_wrapped=bool(maps))
+    return Subject(site, site.rank, (*maps, *given), is_wrapped=bool(maps))
 
 
 def metrics_of(

@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 from jaxtyping import PRNGKeyArray, PyTree
 
 from ._bits import is_frozen
-from ._layers import is_tied, is_wrapper
+from ._layers import has_methods, is_tied, is_wrapper
 from ._maps import Parametrization, Projection
 from ._maps._base import check_projection
 from ._norms import per_layer
@@ -36,8 +36,10 @@ def constrain(
 
     A layer that is wrapped already is wrapped outside, so that the newest promise is
     the outermost. A module that owns a selected array but cannot be called is left as
-    it is, and the first callable module around it is wrapped. Where `eqx.nn.Shared`
-    ties an array to a selected one, its layer is wrapped too.
+    it is, and the first callable module around it is wrapped. If there is none, as in a
+    model whose methods are called, the outermost module around the array that has
+    methods is wrapped, so that all of them see the constrained weight. Where
+    `eqx.nn.Shared` ties an array to a selected one, its layer is wrapped too.
 
     **Arguments:**
 
@@ -123,7 +125,9 @@ def constrain(
 
 def wrapping_depth(site: Site) -> int:
     """The depth of the node to wrap: the outermost wrapper that has to do with this
-    array; if there is none, the innermost layer that can be called."""
+    array; if there is none, the innermost layer that can be called; if there is none,
+    the outermost module that has methods, for all of these may read the array; and if
+    there is none, the module that owns it."""
     if site.wrappers:
         *_, (depth, _, _) = site.wrappers
         return depth
@@ -133,14 +137,22 @@ def wrapping_depth(site: Site) -> int:
         for depth, node in site.ancestors
         if callable(node) and not isinstance(node, Parametrization)
     ]
-    if not callables:
+    if callables:
+        return callables[-1]
+    modules = [(depth, node) for depth, node in site.ancestors if _is_layer(node)]
+    if not modules:
         raise ValueError(
-            f"`where` selects `{site.path}`, which is in no module that can be called, "
-            "so that there is nothing to wrap. To constrain plain arrays use "
-            "`eqxreg.project` or `eqxreg.project_params`; to freeze them, leave them "
-            "out of what is differentiated."
+            f"`where` selects {site.shown}, which is in no module, so that there is "
+            "nothing to wrap. To constrain plain arrays use `eqxreg.project` or "
+            "`eqxreg.project_params`; to freeze them, leave them out of what is "
+            "differentiated."
         )
-    return callables[-1]
+    computing = [depth for depth, node in modules if has_methods(node)]
+    return computing[0] if computing else modules[-1][0]
+
+
+def _is_layer(node: Any) -> bool:
+    return not isinstance(node, (Parametrization, eqx.nn.State, eqx.nn.StateIndex))
 
 
 def _tied_to(sources: set[int], model: PyTree) -> set[int]:

@@ -1,23 +1,28 @@
 """Which weights: selectors, and lists of what they select."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, overload
 
+import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
 from ._layers import Role, degree
 from ._maps._base import composed_degree
+from ._paths import key_of, parse, words
 from ._sites import Site, sites
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Selector:
     """Which arrays of a tree: a callable from a tree to a tree of booleans of the same
     structure. It works on models, filtered models, gradients and optimiser masks.
 
     Selectors combine: `a | b` for either, `a & b` for both, and `~a` for the trainable
-    arrays that `a` does not select.
+    arrays that `a` does not select. They are pickled and compared by what they select;
+    a function given as `where` must be one that can be pickled, at the top of a module.
 
     !!! example
 
@@ -33,9 +38,8 @@ class Selector:
         ```
     """
 
-    def __init__(self, selects: Callable[[Site], bool], text: str):
-        self._selects = selects
-        self._text = text
+    _selects: Callable[[Site], bool]
+    _text: str
 
     def selects(self, site: Site) -> bool:
         """Whether this leaf is selected."""
@@ -54,60 +58,200 @@ class Selector:
         chosen = [self.selects(site) for site in sites(tree)]
         return jax.tree.unflatten(jax.tree.structure(tree), chosen)
 
+    def under(self, *paths: str) -> "Selector":
+        """**Arguments:**
+
+        - `*paths`: paths from the root of a model, such as `"layers[0]"` or
+            `"encoder.blocks.3"`. Wrappers on the way may be left out.
+
+        **Returns:**
+
+        A selector of those arrays of this one's that are at one of the paths or below
+        it: `eqxreg.trainable.under("layers[0]")` selects all arrays of that layer.
+        """
+        selects = _Both(self._selects, _Under(_strings(paths, "paths")))
+        text = ", ".join(map(repr, paths))
+        return Selector(selects, f"{self._text}.under({text})")
+
     def __or__(self, other: "Selector") -> "Selector":
-        return self._joined(other, any, "|")
-
-    def __and__(self, other: "Selector") -> "Selector":
-        return self._joined(other, all, "&")
-
-    def _joined(self, other: "Selector", join: Callable, sign: str) -> "Selector":
         if not isinstance(other, Selector):
             return NotImplemented
-        both = (self._selects, other._selects)
-        text = f"({self._text} {sign} {other._text})"
-        return Selector(lambda site: join(f(site) for f in both), text)
+        either = _Either(self._selects, other._selects)
+        return Selector(either, f"({self._text} | {other._text})")
+
+    def __and__(self, other: "Selector") -> "Selector":
+        if not isinstance(other, Selector):
+            return NotImplemented
+        both = _Both(self._selects, other._selects)
+        return Selector(both, f"({self._text} & {other._text})")
 
     def __invert__(self) -> "Selector":
-        return Selector(
-            lambda site: _is_trainable(site) and not self._selects(site),
-            f"~{self._text}",
-        )
+        return Selector(_Not(self._selects), f"~{self._text}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Selector):
+            return NotImplemented
+        return self._selects == other._selects
+
+    def __hash__(self) -> int:
+        return hash(self._selects)
 
     def __repr__(self) -> str:
         return self._text
+
+
+# What selectors ask of a leaf. No closures, so that selectors are pickled and compared.
 
 
 def _is_trainable(site: Site) -> bool:
     return site.role not in ("state", "bound")
 
 
+def _is_any(site: Site) -> bool:
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class _HasRole:
+    roles: tuple[Role, ...]
+
+    def __call__(self, site: Site) -> bool:
+        return site.role in self.roles
+
+
+@dataclasses.dataclass(frozen=True)
+class _Either:
+    first: Callable[[Site], bool]
+    second: Callable[[Site], bool]
+
+    def __call__(self, site: Site) -> bool:
+        return self.first(site) or self.second(site)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Both:
+    first: Callable[[Site], bool]
+    second: Callable[[Site], bool]
+
+    def __call__(self, site: Site) -> bool:
+        return self.first(site) and self.second(site)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Not:
+    what: Callable[[Site], bool]
+
+    def __call__(self, site: Site) -> bool:
+        return _is_trainable(site) and not self.what(site)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Under:
+    """What is at one of some paths from the root, or below it."""
+
+    paths: tuple[str, ...]
+
+    def __call__(self, site: Site) -> bool:
+        # A path is that of the plain model, or as `trainables` gives it.
+        ways = [_words(site.entries), _words(site.plain(0))]
+        return any(
+            way[: len(path)] == path
+            for path in map(words, map(parse, self.paths))
+            for way in ways
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Among:
+    """Some arrays, by identity."""
+
+    ids: frozenset[int]
+
+    def __call__(self, site: Site) -> bool:
+        return id(site.leaf) in self.ids
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfLayers:
+    """What `select` selects."""
+
+    layer_types: tuple[type, ...]
+    names: tuple[str, ...] | None
+    under: _Under | None
+    where: Callable[[str, Any, Array], bool] | None
+
+    def __call__(self, site: Site) -> bool:
+        depths = [
+            depth
+            for depth, node in site.ancestors
+            if isinstance(node, self.layer_types or object)
+        ]
+        if self.layer_types and not depths:
+            return False
+        if self.under is not None and not self.under(site):
+            return False
+        if self.names is None:
+            # Asked for by its type, an embedding or a normalisation is a weight too.
+            roles = ("weight",)
+            if self.layer_types and isinstance(site.owner, self.layer_types):
+                roles = ("weight", "embedding", "scale")
+            if site.role not in roles:
+                return False
+        else:
+            # In layers of every type a name is that of the end of a path.
+            ends = depths if self.layer_types else range(len(site.entries) or 1)
+            wanted = [words(parse(name)) for name in self.names]
+            if not any(_is_named(site, depth, w) for depth in ends for w in wanted):
+                return False
+        return self.where is None or bool(self.where(site.path, site.owner, site.leaf))
+
+
+def _words(entries: tuple[Any, ...]) -> tuple[str, ...]:
+    return words([key_of(entry) for entry in entries])
+
+
+def _is_named(site: Site, depth: int, name: tuple[str, ...]) -> bool:
+    """Whether the path from `depth` has this name, or is within a list or a dict of its
+    owner that has it."""
+    entries = site.plain(depth)
+    owner = max(len(entries) - len(site.local), 0)
+    ends = range(owner + 1, len(entries) + 1)
+    return any(_words(entries[:end]) == name for end in ends)
+
+
 def _with_roles(name: str, *roles: Role) -> Selector:
-    return Selector(lambda site: site.role in roles, f"eqxreg.{name}")
+    return Selector(_HasRole(roles), f"eqxreg.{name}")
 
 
 weights = _with_roles("weights", "weight")
 """What decay should act on: the matrices and kernels of linear, convolutional,
 recurrent and attention layers and, in modules of your own, arrays named `weight`,
-`weight_*`, `kernel`, `*_weight` or `*_kernel`. Never biases, normalisation scales,
+`weight_*`, `kernel`, `*_weight` or `*_kernel`, or the plural of these, and what is in a
+list, tuple or dict of such a name. Never biases, normalisation scales,
 PReLU slopes, the gain of weight normalisation, power-iteration vectors, bounds or
-state; and no embeddings: for these too, `eqxreg.weights | eqxreg.embeddings`."""
+state; and no embeddings: for these too, `eqxreg.weights | eqxreg.embeddings`.
+
+A subclass of one of Equinox's layers is what that layer is, whatever its name."""
 
 biases = _with_roles("biases", "bias", "shift")
 """Biases of all layers, of normalisation layers too, and in modules of your own arrays
-named `bias`, `bias_*` or `*_bias`."""
+named `bias`, `bias_*` or `*_bias`, or the plural of these."""
 
 norm_parameters = _with_roles("norm_parameters", "scale", "shift")
 """The scales and shifts of normalisation layers: Equinox's, and modules of your own
-whose class's name ends in `Norm`."""
+whose class's name ends in `Norm`, as in `LayerNorm2d`. Not those whose name holds a
+norm of weights (`MaxNorm`, `UnitNorm`, `WeightNorm`, `SpectralNorm`) or a layer
+(`Conv`, `Linear`, `Dense`, `Embed`, `Attention`), nor subclasses of Equinox's other
+layers."""
 
 embeddings = _with_roles("embeddings", "embedding")
 """The tables of `eqx.nn.Embedding` and, in modules of your own, arrays named
-`embedding` or `*_embedding`."""
+`embedding` or `*_embedding`, or the plural of these."""
 
 trainable = Selector(_is_trainable, "eqxreg.trainable")
 """Every floating or complex array, in any tree, except state and the bounds of maps."""
 
-everything = Selector(lambda site: True, "eqxreg.everything")
+everything = Selector(_is_any, "eqxreg.everything")
 """Every floating or complex array, state too. Frozen arrays and what maps hold are
 none: they are kept as integers."""
 
@@ -134,6 +278,7 @@ so."""
 def select(
     *layer_types: type,
     names: str | Sequence[str] | None = None,
+    under: str | Sequence[str] | None = None,
     where: Callable[[str, Any, Array], bool] | None = None,
 ) -> Selector:
     """Selects the weights of layers of some types.
@@ -143,9 +288,14 @@ def select(
     - `*layer_types`: types of layers; a layer counts if it, or a module that it is part
         of, is an instance of one. Defaults to layers of every type.
     - `names`: the names of the arrays, as one string or several; dotted names such as
-        `"query_proj.weight"` are relative to the layer. Defaults to those that are
+        `"query_proj.weight"` are relative to the layer. The name of a list, tuple or
+        dict of arrays stands for all of them. Defaults to those that are
         weights: matrices, kernels, embeddings and, if you name a type of normalisation
         layer, its scale; never biases. (Keyword only argument.)
+    - `under`: a path from the root of the model, such as `"layers[0]"` or
+        `"encoder.blocks.3"`, or several: of what is selected otherwise, only what is at
+        that path or below it. Wrappers on the way may be left out. Defaults to the
+        whole model. (Keyword only argument.)
     - `where`: a function `(path, layer, array) -> bool` that narrows the selection,
         with the path as a key string such as `.layers[0].weight`, and the layer that
         owns the array. (Keyword only argument.)
@@ -157,6 +307,7 @@ def select(
     **Raises:**
 
     - `TypeError`: if a layer type is not a type.
+    - `ValueError`: if one of the names or paths is no name.
 
     !!! example
 
@@ -165,9 +316,7 @@ def select(
         >>> import jax
         >>> import eqxreg
         >>> mlp = eqx.nn.MLP(4, 2, 8, depth=2, key=jax.random.key(0))
-        >>> first = eqxreg.select(
-        ...     eqx.nn.Linear, where=lambda path, layer, array: "layers[0]" in path
-        ... )
+        >>> first = eqxreg.select(eqx.nn.Linear, under="layers[0]")
         >>> [path for path, _ in eqxreg.trainables(mlp, first, paths=True)]
         ['.layers[0].weight']
 
@@ -179,33 +328,48 @@ def select(
                 "`select` takes types of layers, such as `eqx.nn.Linear`, got "
                 f"{layer_type!r}."
             )
-    wanted = None if names is None else (names,) if isinstance(names, str) else names
-
-    def selects(site: Site) -> bool:
-        inside = [
-            (depth, node)
-            for depth, node in site.ancestors
-            if not layer_types or isinstance(node, layer_types)
-        ]
-        if layer_types and not inside:
-            return False
-        if wanted is None:
-            # Asked for by its type, an embedding or a normalisation is a weight too.
-            named = isinstance(site.owner, layer_types) if layer_types else False
-            roles = ("weight", "embedding", "scale") if named else ("weight",)
-            if site.role not in roles:
-                return False
-        elif not any(
-            site.dotted(depth) in wanted
-            for depth in [depth for depth, _ in inside] or [0]
-        ):
-            return False
-        return where is None or bool(where(site.path, site.owner, site.leaf))
-
+    selects = _OfLayers(
+        layer_types,
+        None if names is None else _strings(names, "names"),
+        None if under is None else _Under(_strings(under, "under")),
+        where,
+    )
     text = [t.__name__ for t in layer_types]
     text += [] if names is None else [f"names={names!r}"]
+    text += [] if under is None else [f"under={under!r}"]
     text += [] if where is None else [f"where={getattr(where, '__name__', where)}"]
     return Selector(selects, f"eqxreg.select({', '.join(text)})")
+
+
+def _strings(given: Any, argument: str) -> tuple[str, ...]:
+    """One or several names or paths, as several; an error if one says nothing."""
+    found = given if isinstance(given, list | tuple) else (given,)
+    if not found or not all(isinstance(text, str) and parse(text) for text in found):
+        raise ValueError(
+            f'`{argument}` must be a string such as "weight" or "layers[0].weight", or '
+            f"several, got {given!r}."
+        )
+    return tuple(found)
+
+
+def part(where: Any, tree: PyTree) -> Any:
+    """A selector or a mask for what `freeze` takes besides these: the path of a part of
+    the model, several of them, or a function from the model to such a part, as in
+    `eqx.tree_at`."""
+    several = isinstance(where, list | tuple) and len(where) > 0
+    if isinstance(where, str) or (several and all(isinstance(w, str) for w in where)):
+        paths = _strings(where, "where")
+        for path in paths:
+            require_selection(Selector(_Under((path,)), repr(path)), tree, "where")
+        return trainable.under(*paths)
+    is_tree = _is_mask(where) or _is_of_numbers(where)
+    if is_tree or isinstance(where, Selector | type) or not callable(where):
+        return where
+    found = where(tree)
+    if _is_mask(found):
+        return found
+    ids = {id(leaf) for leaf in jax.tree.leaves(found) if eqx.is_inexact_array(leaf)}
+    return Selector(_Among(frozenset(ids)), repr(where))
 
 
 @overload
@@ -246,9 +410,19 @@ def chosen_leaves(where: Any, tree: PyTree) -> list[bool]:
     """One boolean for each leaf of `tree`, from a selector, any function to a tree of
     booleans, or such a tree or a prefix of one. Unless a selector says otherwise, only
     trainable arrays count."""
-    # A mask of a model is a model of booleans, and as callable as any.
-    leaves = jax.tree.leaves(where)
-    is_mask = len(leaves) > 0 and all(isinstance(x, bool | np.bool_) for x in leaves)
+    is_mask = _is_mask(where)
+    if isinstance(where, str):
+        raise TypeError(
+            f"Which weights is said by a selector, and not by {where!r}. For those at "
+            f"that path or below it write `eqxreg.weights.under({where!r})`, and "
+            f"`eqxreg.trainable.under({where!r})` for all arrays there."
+        )
+    if not is_mask and _is_of_numbers(where):
+        raise TypeError(
+            "A tree that says which weights must be one of booleans, and this one has "
+            f"{type(jax.tree.leaves(where)[0]).__name__}s. Write "
+            "`jax.tree.map(bool, ...)` of it."
+        )
     if not is_mask and (isinstance(where, type) or not callable(where)):
         name = getattr(where, "__name__", "...")
         raise TypeError(
@@ -257,11 +431,41 @@ def chosen_leaves(where: Any, tree: PyTree) -> list[bool]:
             f"mean `eqxreg.select({name})`?"
         )
     mask = where if is_mask else where(tree)
-    chosen = jax.tree.leaves(jax.tree.broadcast(mask, tree))
+    if jax.tree.leaves(mask) and not _is_mask(mask):
+        raise TypeError(
+            "A function that says which weights must return a tree of booleans of the "
+            f"structure of the model, and {where!r} returned {type(mask).__name__}. "
+            "For the weights of a part of it write "
+            '`eqxreg.weights.under("layers[0]")`, with the path of that part.'
+        )
+    try:
+        chosen = jax.tree.leaves(jax.tree.broadcast(mask, tree))
+    except ValueError as error:
+        raise ValueError(
+            "The tree of booleans that says which weights must have the structure of "
+            f"the model, or be a prefix of it: {error}"
+        ) from None
     if isinstance(where, Selector):
         return chosen
     possible = jax.tree.leaves(trainable(tree))
     return [bool(c) and p for c, p in zip(chosen, possible, strict=True)]
+
+
+def _is_mask(where: Any) -> bool:
+    leaves = jax.tree.leaves(where)
+    return len(leaves) > 0 and all(map(_is_boolean, leaves))
+
+
+def _is_of_numbers(where: Any) -> bool:
+    # A model of numbers can be called as a model.
+    is_tree = isinstance(where, eqx.Module) or not callable(where)
+    leaves = jax.tree.leaves(where)
+    return is_tree and len(leaves) > 0 and all(map(eqx.is_array_like, leaves))
+
+
+def _is_boolean(leaf: Any) -> bool:
+    is_array = isinstance(leaf, np.ndarray | jax.Array) and leaf.ndim == 0
+    return isinstance(leaf, bool | np.bool_) or (is_array and leaf.dtype == bool)
 
 
 def chosen_sites(where: Any, tree: PyTree) -> list[Site]:
@@ -278,7 +482,7 @@ def check_sites(check: Callable[[Any], None], chosen: Iterable[Site]) -> None:
             check(jax.ShapeDtypeStruct(shape, site.leaf.dtype))
         except (TypeError, ValueError) as error:
             raise type(error)(
-                f"`{site.path}`: {error} To leave an array out, choose others by "
+                f"{site.shown}: {error} To leave an array out, choose others by "
                 "`where` or `mask`."
             ) from None
 
@@ -287,10 +491,12 @@ def require_selection(where: Any, tree: PyTree, argument: str) -> list[bool]:
     """`chosen_leaves`, or an error if there are none."""
     chosen = chosen_leaves(where, tree)
     if not any(chosen):
-        paths = [site.path for site in chosen_sites(trainable, tree)]
-        few = ", ".join(f"`{path}`" for path in paths[:4])
+        paths = [site.shown for site in chosen_sites(trainable, tree)]
+        few = ", ".join(paths[:4])
         more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
         there = f"It has {few}{more}." if paths else "It has no trainable arrays."
+        if jax.tree.structure(tree) == jax.tree.structure(0):
+            there = "It is a single array, which has no name."
         if isinstance(where, bool | jax.Array):
             there += (
                 f" Within `optax.inject_hyperparams`, name `{argument}` in "

@@ -15,8 +15,8 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from ._bits import HiddenArray
-from ._layers import Role, is_wrapper, rank, role
-from ._paths import names_of, parse
+from ._layers import Role, is_module, is_wrapper, rank, recorded_rank, role
+from ._paths import children_of, is_path, key_of, names_of, parse, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,28 +43,45 @@ class Site:
         """The key path from the owner."""
         return self.entries[self.ancestors[-1][0] :] if self.ancestors else self.entries
 
-    def dotted(self, depth: int) -> str:
-        """The path from `depth` as a dotted name. A wrapper's `layer` is not part of
-        it, so that a name stays what it was before the layer was wrapped."""
+    @property
+    def shown(self) -> str:
+        """The path as errors show it."""
+        return f"`{self.path}`" if self.entries else "the array itself"
+
+    def plain(self, depth: int) -> tuple[Any, ...]:
+        """The key path from `depth`, without the `layer` of wrappers on the way, so
+        that it stays what it was before a layer was wrapped."""
         inner = {at for at, node in self.ancestors if is_wrapper(node)}
-        kept = [
+        return tuple(
             entry
             for at, entry in enumerate(self.entries)
-            if at >= depth and not (at in inner and _entry_name(entry) == "layer")
-        ]
-        return jtu.keystr(tuple(kept), simple=True, separator=".")
+            if at >= depth and not (at in inner and key_of(entry) == "layer")
+        )
+
+    def dotted(self, depth: int) -> str:
+        """The plain path from `depth` as a name."""
+        return write(self.plain(depth))
 
     @property
     def name(self) -> str:
         """The name of the field, or the key, that the leaf is in."""
-        names = [_entry_name(e) for e in self.local]
-        named = [n for n in names if n is not None]
-        return named[-1] if named else ""
+        return next(iter(self._names), "")
+
+    @property
+    def _names(self) -> list[str]:
+        """Field and keys, innermost first, without indices."""
+        keys = map(key_of, reversed(self.local))
+        return [key for key in keys if isinstance(key, str)]
 
     @property
     def role(self) -> Role:
         if any(isinstance(node, eqx.nn.StateIndex) for _, node in self.ancestors):
             return "state"
+        # An array in a dict is what its key says or, if that says nothing, what the
+        # dict is called.
+        for name in self._names[:2]:
+            if (found := role(self.owner, name)) != "other":
+                return found
         return role(self.owner, self.name)
 
     @property
@@ -74,16 +91,20 @@ class Site:
         found = []
         for depth, node in reversed(self.ancestors):
             if is_wrapper(node):
-                names = [parse(name) for name in names_of(node.weight_name)]
-                name = parse(self.dotted(depth))
-                if name in names:
-                    found.append((depth, node, names.index(name)))
+                entries = self.plain(depth)
+                for i, name in enumerate(names_of(node.weight_name)):
+                    if is_path(parse(name), entries):
+                        found.append((depth, node, i))
         return found
 
     @property
     def rank(self) -> int:
         """The rank of the array in one layer, if layers are stacked."""
-        return rank(self.owner, self.name, self.leaf.ndim)
+        path = tuple(map(key_of, self.local))
+        known = rank(self.owner, path, self.leaf.ndim)
+        # A wrapper that was built in a stack has seen a single layer.
+        seen = [recorded_rank(wrapper, i) for _, wrapper, i in self.wrappers]
+        return min([known, *(r for r in seen if r is not None)])
 
     @property
     def is_floating(self) -> bool:
@@ -93,25 +114,18 @@ class Site:
 
 def sites(tree: PyTree) -> list[Site]:
     """All leaves of `tree`, in the order of `jax.tree.leaves`."""
+    if tree is not None and jtu.all_leaves([tree]):
+        return [Site((), (), tree)]
     return list(_walk(tree, (), ()))
 
 
 def _walk(node: Any, entries: tuple, ancestors: tuple) -> Iterator[Site]:
-    if isinstance(node, (eqx.Module, eqx.nn.State, HiddenArray)):
+    if is_module(node) or isinstance(node, HiddenArray):
         ancestors = (*ancestors, (len(entries), node))
-    children, _ = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
-    for entry, child in children:
+    for entry, child in children_of(node):
         if child is None:
             continue
         if jtu.all_leaves([child]):
-            yield Site(entries + entry, ancestors, child)
+            yield Site((*entries, entry), ancestors, child)
         else:
-            yield from _walk(child, entries + entry, ancestors)
-
-
-def _entry_name(entry: Any) -> str | None:
-    if isinstance(entry, jtu.GetAttrKey):
-        return entry.name
-    if isinstance(entry, jtu.DictKey) and isinstance(entry.key, str):
-        return entry.key
-    return None
+            yield from _walk(child, (*entries, entry), ancestors)

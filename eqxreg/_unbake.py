@@ -11,9 +11,9 @@ from ._bits import thawed
 from ._layers import is_wrapper
 from ._model import map_children
 from ._norms import frobenius_norm, tolerance, widen
-from ._paths import steps_of, unwrapped
+from ._paths import key_of, unwrapped
 from ._wrapper import evaluate, needs_foreign_state
-from ._wrappers import write
+from ._wrappers import written
 
 
 _Model = TypeVar("_Model")
@@ -126,7 +126,7 @@ def _unbaked(node: Any, given: Any, entries: tuple, wrong: list[str]) -> Any:
     arrays = [(at, leaf) for at, leaf in leaves if eqx.is_array(leaf)]
     for at, array in arrays:
         try:
-            node = write(node, steps_of(at), array)
+            node = written(node, tuple(map(key_of, at)), array)
         except (TypeError, ValueError) as error:
             wrong.append(f"- `{jtu.keystr(entries + at)}`: {error}")
             return node

@@ -17,10 +17,11 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 
 from ._bits import is_frozen, thawed
 from ._layers import is_wrapper
-from ._paths import child, unwrapped
+from ._paths import child, is_step, unwrapped
 
 
 class Wrapper(eqx.nn.StatefulLayer):
@@ -28,6 +29,7 @@ class Wrapper(eqx.nn.StatefulLayer):
 
     layer: eqx.AbstractVar[Any]
     weight_name: eqx.AbstractVar[str | tuple[str, ...]]
+    rewrites_weight: ClassVar[bool] = True
     _has_state: ClassVar[bool] = False
     """Whether what this makes of a weight depends on an `eqx.nn.State`."""
 
@@ -45,7 +47,7 @@ class Wrapper(eqx.nn.StatefulLayer):
     def is_stateful(self) -> bool:
         """Whether this is called as `(out, state) = layer(x, state)`: as what it wraps
         is."""
-        inner = unwrapped(self)
+        inner = unwrapped(self.layer)
         stateful = isinstance(inner, eqx.nn.StatefulLayer) and inner.is_stateful()
         return stateful or needs_state(self)
 
@@ -94,7 +96,7 @@ class Wrapper(eqx.nn.StatefulLayer):
                 f"{what} of a layer whose constraint needs state: read it from "
                 f"`eqxreg.bake(layer, state)`."
             )
-        return evaluate(self, None, None)[0]
+        return self._evaluated(None, None, False)[0]
 
     def __getattr__(self, name: str) -> Any:
         # `inference_mode` would find the layer's flag twice; dunder names are how
@@ -150,7 +152,7 @@ def needs_foreign_state(node: Any) -> bool:
 def _depends_on_state(node: Any) -> bool:
     """Whether a wrapper cannot do without a state: one that is not ours cannot, nor can
     a layer that is stateful itself."""
-    inner = unwrapped(node)
+    inner = unwrapped(node.layer)
     stateful = isinstance(inner, eqx.nn.StatefulLayer) and inner.is_stateful()
     return stateful or needs_foreign_state(node)
 
@@ -162,7 +164,9 @@ def _is_foreign_and_stateful(wrapper: Any) -> bool:
 
 def _wrappers_within(node: Any) -> Iterator[Any]:
     """The wrappers that have to do with what this one constrains, itself first."""
-    if not is_wrapper(node):
+    # One of ours with a call of its own, which is not seen through from outside, asks
+    # this of itself.
+    if not (is_wrapper(node) or isinstance(node, Wrapper)):
         return
     yield node
     inner = node._within() if isinstance(node, Wrapper) else [node.layer]
@@ -195,20 +199,45 @@ def evaluate(
 
 
 def _evaluate_foreign(node: Any, state: Any, inference: bool | None):
-    probed = replace(node, "layer", _Probe(thawed(node.layer)))
+    within = node.layer
+    probed = replace(node, "layer", _Probe(thawed(within)))
     kwargs = {} if inference is None else {"inference": inference}
     kwargs = _accepted(node, kwargs)
     # The input of a probe; it never reaches a layer.
     x = jnp.zeros(())
-    if isinstance(node, eqx.nn.StatefulLayer):
-        layer, state = probed(x, state, **kwargs)
-    else:
-        layer = probed(x, **kwargs)
+    try:
+        if isinstance(node, eqx.nn.StatefulLayer):
+            layer, state = probed(x, state, **kwargs)
+        else:
+            layer = probed(x, **kwargs)
+    except Exception as error:
+        if type(node).__module__.startswith("equinox."):
+            raise
+        raise TypeError(_does_more(node)) from error
+    if type(layer) is not type(within):
+        raise TypeError(_does_more(node))
     return evaluate(layer, state, inference)
 
 
-def replace(node: Any, step: str | int, new: Any) -> Any:
+def _does_more(node: Any) -> str:
+    return (
+        f"`{type(node).__name__}` has `rewrites_weight = True`, so that it must do "
+        "nothing else when it is called than rewrite a weight of `self.layer` by "
+        "`eqx.tree_at`, and return what the layer returns. If it does more, leave the "
+        "attribute out: it is then a module like any other."
+    )
+
+
+def replace(node: Any, step: Any, new: Any) -> Any:
     """`node` with `new` for its child `step`."""
+    children, structure = jtu.tree_flatten_with_path(
+        node, is_leaf=lambda x: x is not node
+    )
+    inner = [value for _, value in children]
+    for i, (entries, _) in enumerate(children):
+        if entries and is_step(step, entries[0]):
+            inner[i] = new
+            return structure.unflatten(inner)
     return eqx.tree_at(lambda n: child(n, step), node, new)
 
 

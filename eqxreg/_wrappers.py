@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array
 
 from ._bits import FrozenArray, frozen_as, is_frozen, opened, thawed
-from ._layers import is_tied, is_wrapper, only_calls, only_multiplies, rank
+from ._layers import is_tied, is_wrapper, only_calls, only_multiplies
 from ._maps import Parametrization, Projection
 from ._maps._base import factored, has_schedule
 from ._maps._held import HeldMaps
@@ -21,6 +21,8 @@ from ._paths import (
     names_of,
     nodes_along,
     parse,
+    rank_of,
+    stored_name,
 )
 from ._wrapper import Wrapper, evaluate, needs_state, replace
 
@@ -40,8 +42,15 @@ class Constraint(Wrapper):
 
     Layers that are stacked, by `eqx.filter_vmap` or as in
     `eqx.nn.MLP(..., scan=True)`, are constrained one by one. For Equinox's layers the
-    wrapper knows a stack when it sees one; a stack of your own modules should be
-    wrapped inside the `eqx.filter_vmap` that builds it.
+    wrapper knows a stack when it sees one. A class of your own says how many axes its
+    weight has in one module: by its annotation, as in `weight: Float[Array, "out in"]`,
+    or by `weight: Array = eqx.field(metadata={"ndim": 2})`. If it says nothing, wrap
+    its modules inside the `eqx.filter_vmap` that stacks them.
+
+    Wrappers of others are looked through if they only rewrite a weight:
+    `eqx.nn.SpectralNorm` and `eqx.nn.WeightNorm` are, and a class of your own with
+    fields `layer` and `weight_name` is if it has the class attribute
+    `rewrites_weight = True`.
 
     !!! example
 
@@ -76,13 +85,14 @@ class Constraint(Wrapper):
             wrapper.
         - `weight_name`: the name of the layer's array, such as `"weight"`; a dotted
             path, such as `"query_proj.weight"` or `"layers.0.weight"`; or a tuple of
-            these.
+            these. A key that a dotted path cannot hold is put in brackets, as in
+            `"params['fc.weight']"`.
         - `parametrization`: the map, such as [`eqxreg.MaxNorm`][].
 
         **Raises:**
 
-        - `ValueError`: if the layer has no such array, it is `None`, or its rank is too
-            low for the map.
+        - `ValueError`: if the layer has no such array, it is `None` or a property that
+            is computed, or its rank is too low for the map.
         - `TypeError`: if the array is not floating or complex, or `parametrization` is
             not a map.
         """
@@ -97,9 +107,11 @@ class Constraint(Wrapper):
                 "Use the map in `eqxreg.project`, or give a JAX scalar array and "
                 "replace it as you train."
             )
-        self.weight_name = check_names(weight_name)
+        weight_name = check_names(weight_name)
+        names = tuple(stored_name(layer, name) for name in names_of(weight_name))
+        self.weight_name = names[0] if isinstance(weight_name, str) else names
         bound, ranks = [], []
-        for name in names_of(self.weight_name):
+        for name in names:
             layer, p, weight_rank = _wrap(layer, name, parametrization)
             bound.append(p)
             ranks.append(weight_rank)
@@ -196,15 +208,15 @@ def _wrap(
 ) -> tuple[Any, Parametrization, int | None]:
     """`layer` with the raw array that `p` needs, `p` bound to it, and the rank of the
     array in one layer, which is not known of an array that is tied to another."""
-    owner, field, leaf = find_array(layer, name)
+    _, _, leaf = find_array(layer, name)
     if is_tied(leaf):
         return layer, p, None
-    weight_rank = rank(owner, field, leaf.ndim)
+    weight_rank = rank_of(layer, name, leaf.ndim)
     _, leaf = current(layer, name)
     p, raw = _bind(p, leaf, weight_rank)
     # A projection's raw weight is the one that is there.
     if not isinstance(p, Projection):
-        layer = write(layer, parse(name), raw)
+        layer = written(layer, parse(name), raw)
     return layer, p, weight_rank
 
 
@@ -222,13 +234,14 @@ def current(layer: Any, name: str) -> tuple[Any, Any]:
 
 def _bind(p: Parametrization, weight: Any, weight_rank: int) -> tuple[Any, Any]:
     """`p.bind`, of each weight in a stack."""
-    p.check(jax.ShapeDtypeStruct(weight.shape[-weight_rank:], weight.dtype))
+    shape = weight.shape[weight.ndim - weight_rank :]
+    p.check(jax.ShapeDtypeStruct(shape, weight.dtype))
     if weight.ndim == weight_rank:
         return p.bind(weight)
     return eqx.filter_vmap(lambda w: _bind(p, w, weight_rank))(weight)
 
 
-def write(node: Any, path: Path, value: Any) -> Any:
+def written(node: Any, path: Path, value: Any) -> Any:
     """`node` with the raw array at `path` from which evaluation makes `value`."""
     if not path:
         return FrozenArray.of(value) if is_frozen(node) else value
@@ -243,10 +256,10 @@ def write(node: Any, path: Path, value: Any) -> Any:
                 maps[i] = frozen_as(old, p)
                 node = replace(node, "parametrizations", HeldMaps(maps))
     if is_wrapper(node):
-        inner = write(node.layer, path, value)
+        inner = written(node.layer, path, value)
         if isinstance(node, eqx.nn.WeightNorm):
-            new = eqx.nn.WeightNorm(inner, node.weight_name, node.axis)
-            return replace(new, "g", frozen_as(node.g, new.g))
+            fresh = eqx.nn.WeightNorm(inner, node.weight_name, node.axis)
+            node = replace(node, "g", frozen_as(node.g, fresh.g))
         return replace(node, "layer", inner)
     step, *rest = path
-    return replace(node, step, write(child(node, step), tuple(rest), value))
+    return replace(node, step, written(child(node, step), tuple(rest), value))

@@ -278,7 +278,7 @@ def test_selecting_nothing_is_an_error(mlp):
         eqxreg.freeze(frozen, eqxreg.weights)
     with pytest.raises(ValueError, match="selects nothing"):
         eqxreg.Frozen(mlp.layers[0], eqxreg.embeddings)
-    with pytest.raises(ValueError, match="in no module that can be called"):
+    with pytest.raises(ValueError, match="in no module"):
         eqxreg.freeze({"weight": jnp.ones(2)}, eqxreg.weights)
 
 
