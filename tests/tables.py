@@ -150,6 +150,14 @@ BOXES = [
     ),
     Bounded("box", eqxreg.Box(-0.3, 0.7), lambda w: w, -0.3, 0.7, real_only=True),
     Bounded(
+        "box-arrays",
+        eqxreg.Box(np.full(4, -0.3), np.full((6, 1, 1), 0.7)),
+        lambda w: w,
+        -0.3,
+        0.7,
+        real_only=True,
+    ),
+    Bounded(
         "non_negative", eqxreg.NonNegative(), lambda w: w, 0.0, np.inf, real_only=True
     ),
     Bounded(
@@ -190,6 +198,7 @@ OPEN = {
     "positive": eqxreg.Positive(),
     "positive-exp": eqxreg.Positive("exp"),
     "interval": eqxreg.Interval(-0.3, 0.7),
+    "interval-arrays": eqxreg.Interval(np.full(1, -0.3), 0.7),
     "chain": eqxreg.Chain(eqxreg.Interval(-9.0, 9.0), eqxreg.Positive()),
 }
 
