@@ -191,7 +191,11 @@ SPECTRAL = [
         "spectral_cap", eqxreg.SpectralCap(0.7), largest_singular_value(), None, 0.7
     ),
 ]
-PROJECTIONS = MAX_NORMS + SPHERES + BOXES + SPECTRAL
+_HELD = np.arange(120).reshape(SHAPE) % 3 == 0
+PINNED = [
+    Bounded("pinned", eqxreg.Pinned(_HELD, 0.5), lambda w: np.abs(w[_HELD]), 0.5, 0.5)
+]
+PROJECTIONS = MAX_NORMS + SPHERES + BOXES + SPECTRAL + PINNED
 
 # Maps of open sets, and what their weights are.
 OPEN = {

@@ -18,6 +18,7 @@ MAPS = {
     "l1": eqxreg.MaxNorm(1.0, axis="unit", ord=1),
     "unit norm": eqxreg.UnitNorm(),
     "box": eqxreg.Box(-1.0, 1.0),
+    "pinned": eqxreg.Pinned(np.ones((), bool), 2.0),
     "simplex": eqxreg.Simplex(),
     "spectral norm": eqxreg.SpectralNorm(),
     "spectral norm, gram": eqxreg.SpectralNorm(method="gram"),
