@@ -288,6 +288,63 @@ def check_values(
     return weight
 
 
+def check_kept(p: "Parametrization", given: Any, result: Any, method: str = "") -> Any:
+    """`result`, after checking that it has the shape and dtype of what a map, or a
+    method of it, was given."""
+    name = type(p).__name__ + method
+    if not (hasattr(result, "shape") and hasattr(result, "dtype")):
+        raise TypeError(
+            f"`{name}` returned {_kind(result)} for a weight: a map must keep shape "
+            "and dtype."
+        )
+    before, after = ((tuple(x.shape), jnp.dtype(x.dtype)) for x in (given, result))
+    if before != after:
+        raise ValueError(
+            f"`{name}` returned an array of shape {after[0]} and {after[1]} for one of "
+            f"shape {before[0]} and {before[1]}: a map must keep shape and dtype."
+        )
+    return result
+
+
+def bound_to(p: "Parametrization", weight: Any) -> tuple[Any, Any]:
+    """`p.bind(weight)`, after checking that the raw weight is as this one."""
+    bound, raw = p.bind(weight)
+    return bound, check_kept(p, weight, raw, ".inverse" if bound is p else ".bind")
+
+
+def check_weight(p: "Parametrization", weight: Any) -> None:
+    """Raises if this map cannot be applied to such a weight, or changes its shape or
+    dtype. Nothing is computed."""
+    p.check(weight)
+    if _is_own(p):
+        return
+    try:
+        result = jax.eval_shape(p, weight)
+    except _NEEDS_VALUES:
+        # It cannot be traced, and what it does is not known before it is called.
+        return
+    check_kept(p, weight, result)
+
+
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
+def _is_own(p: "Parametrization") -> bool:
+    """Whether this map, and all that it is made of, computes as one of eqxreg does."""
+    cls = next(c for c in type(p).__mro__ if "__call__" in vars(c))
+    is_part = lambda x: isinstance(x, Parametrization) and x is not p
+    parts = filter(is_part, jax.tree.leaves(p, is_leaf=is_part))
+    return cls.__module__.startswith("eqxreg.") and all(map(_is_own, parts))
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
 class Parametrization(eqx.Module):
     """A pure map from a raw weight to the weight that a layer computes with.
 
@@ -464,7 +521,8 @@ class Projection(Parametrization):
         return self(weight), start
 
     def _wide_distance(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
-        return frobenius_norm(widen(weight) - widen(self(weight)))
+        nearest = check_kept(self, weight, self(weight))
+        return frobenius_norm(widen(weight) - widen(nearest))
 
     def _active(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
         """The share of the units of `weight` that this map moves, or would move if they

@@ -162,6 +162,14 @@ class Positive(Parametrization):
 
     Unlike under [`eqxreg.NonNegative`][], no weight is ever dead.
 
+    A weight that is wrapped has to be positive, and that of a fresh layer is not. To
+    start inside, project first:
+
+    ```python
+    model = eqxreg.project_params(model, eqxreg.Box(1e-3, jnp.inf))
+    model = eqxreg.constrain(model, eqxreg.Positive())
+    ```
+
     !!! example
 
         ```python
@@ -220,9 +228,10 @@ class Positive(Parametrization):
             weight,
             weight > 0,
             "`Positive` needs a weight whose entries are all positive, and this one "
-            "`Positive` needs a weight whose entries are all positive, and this one "
-            "has others. Initialise the layer with positive weights first, such as "
-            "`eqx.tree_at(lambda l: l.weight, layer, jnp.abs(layer.weight) + 1e-3)`.",
+            "has others. Start inside: `eqx.tree_at(lambda l: l.weight, layer, "
+            "jnp.abs(layer.weight) + 1e-3)` for a layer; for a model, "
+            "`eqxreg.constrain(eqxreg.project_params(model, eqxreg.Box(1e-3, "
+            "jnp.inf)), eqxreg.Positive())`.",
         )
         return _POSITIVE[self.map].inverse(widen(weight)).astype(weight.dtype)
 
@@ -231,7 +240,8 @@ class Interval(Parametrization):
     r"""The weights strictly between two bounds, as the image of all weights:
     $w_i = l_i + (u_i - l_i) / (1 + e^{-v_i})$.
 
-    The bounds may be arrays, as those of [`eqxreg.Box`][].
+    The bounds may be arrays, as those of [`eqxreg.Box`][]. A weight that is wrapped has
+    to be inside; `eqxreg.project_params(model, eqxreg.Box(low, high))` brings it there.
 
     !!! example
 
@@ -302,8 +312,10 @@ class Interval(Parametrization):
             wide,
             (wide > lower) & (wide < upper),
             "`Interval` needs a weight whose entries are all strictly between `lower` "
-            "and `upper`, and this one has others. Initialise the layer inside first, "
-            "such as `eqx.tree_at(lambda l: l.weight, layer, interval(layer.weight))`.",
+            "and `upper`, and this one has others. Start inside: `eqx.tree_at(lambda "
+            "l: l.weight, layer, interval(layer.weight))` for a layer; for a model, "
+            "`eqxreg.project_params(model, eqxreg.Box(low, high))` with `low` and "
+            "`high` a little inside the bounds, and then `eqxreg.constrain`.",
         )
         raw = jnp.log(wide - lower) - jnp.log(upper - wide)
         return raw.astype(weight.dtype)
