@@ -33,6 +33,7 @@ from ._maps import (
     NonNegative as NonNegative,
     Orthogonal as Orthogonal,
     Parametrization as Parametrization,
+    Pinned as Pinned,
     Positive as Positive,
     PositiveSemidefinite as PositiveSemidefinite,
     Projection as Projection,

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
-from ._norms import widen
+from ._norms import real_dtype, widen
 from ._singular import Top, attained, gram, matmul
 
 
@@ -69,6 +69,8 @@ def lattice_norm(
 
     A real scalar in at least single precision, differentiable with respect to `weight`.
     """
+    if weight.size == 0:
+        return jnp.zeros((), real_dtype(widen(weight).dtype))
     strides = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     kernel = _polyphase(widen(weight), strides, groups, transposed)
     constant = lax.stop_gradient(kernel)

@@ -21,10 +21,10 @@ def check_input_shape(input_shape: Any) -> tuple[int, ...]:
     """`input_shape` as a tuple of ints, or an error."""
     entries = tuple(input_shape) if isinstance(input_shape, tuple | list) else ()
     are_ints = [isinstance(n, int | np.integer) for n in entries]
-    if not entries or not all(are_ints) or min(entries) < 1:
+    if not entries or not all(are_ints) or min(entries) < 0:
         raise ValueError(
             "`input_shape` must be the full shape of an input without batch, "
-            f"`(channels, *spatial)`, as positive ints, got {input_shape!r}."
+            f"`(channels, *spatial)`, as non-negative ints, got {input_shape!r}."
         )
     return tuple(int(n) for n in entries)
 

@@ -50,7 +50,8 @@ def metrics(
         between the stored, raw weight and what they make of it.
     - `active`: the share of units, the slices along axis 0, that are outside the set or
         on its boundary. For [`eqxreg.NonNegative`][], [`eqxreg.Box`][] and vectors it
-        is the share of entries; for several maps, the largest of their shares. In a set
+        is the share of entries, for [`eqxreg.Pinned`][] that of those that are held;
+        for several maps, the largest of their shares. In a set
         that is all boundary, such as a sphere, it is 1, but for units that are zero and
         that the map leaves at zero. Sets that hold all multiples of their weights, such
         as that of [`eqxreg.Symmetric`][], count only units that are outside.

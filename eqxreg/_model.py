@@ -1,5 +1,6 @@
 """Whole models: wrap the layers of one, unwrap them, project its weights."""
 
+import functools as ft
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -11,13 +12,13 @@ from jaxtyping import PRNGKeyArray, PyTree
 from ._bits import is_frozen
 from ._layers import has_methods, is_tied, is_wrapper
 from ._maps import Parametrization, Projection
-from ._maps._base import check_projection
+from ._maps._base import check_projection, check_weight
 from ._norms import per_layer
 from ._paths import unwrapped
 from ._select import check_sites, require_selection, require_sites, weights
 from ._sites import Site, sites
 from ._wrapper import evaluate, needs_state
-from ._wrappers import Constraint
+from ._wrappers import Constraint, located
 
 
 _Model = TypeVar("_Model")
@@ -118,7 +119,10 @@ def constrain(
         here = names.get(entries, [])
         if not here:
             return node
-        return Constraint(node, here[0] if len(here) == 1 else here, parametrization)
+        name, *others = here
+        place = jtu.keystr(entries) + ("" if others else f".{name}")
+        with located(place):
+            return Constraint(node, here if others else name, parametrization)
 
     return wrap(model, ())
 
@@ -265,11 +269,13 @@ def project_params(
     **Raises:**
 
     - `TypeError`: if `projection` is not an [`eqxreg.Projection`][].
-    - `ValueError`: if nothing is selected.
+    - `ValueError`: if nothing is selected, or `projection` changes the shape or dtype
+        of a weight.
     """
     check_projection(projection)
     found = require_sites(where, model, "where")
-    check_sites(projection.check, (site for _, site in found))
+    check = ft.partial(check_weight, projection)
+    check_sites(check, (site for _, site in found))
     leaves, structure = jax.tree.flatten(model)
     for i, site in found:
         leaves[i] = per_layer(projection, site.leaf, site.rank)

@@ -75,7 +75,7 @@ def gram_of(tall: Matrices) -> Inexact[Array, "blocks n n"]:
 
 def orthogonality_error(gram: Inexact[Array, "blocks n n"]) -> Float[Array, " blocks"]:
     r"""$\max |G - I|$."""
-    return jnp.max(jnp.abs(gram - _eye_like(gram)), axis=(-1, -2))
+    return jnp.max(jnp.abs(gram - _eye_like(gram)), axis=(-1, -2), initial=0)
 
 
 def _eye_like(square: Inexact[Array, "*batch n n"]) -> Inexact[Array, "*batch n n"]:

@@ -262,7 +262,7 @@ def _text(value: Any) -> str:
     value = value_of(value)
     if eqx.is_array(value):
         known = value.ndim == 0 and not isinstance(value, Tracer)
-        return f"{float(value):.4g}" if known else eqx.tree_pformat(value)
+        return f"{value.item():.4g}" if known else eqx.tree_pformat(value)
     return repr(value)
 
 

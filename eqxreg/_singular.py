@@ -124,6 +124,12 @@ def power_step(linear: LinearMap, right: Inexact[Array, " n"]) -> Top:
     return Top(value, left, right)
 
 
+def _empty(m: int, n: int, dtype) -> Top:
+    """That of a map from or to a space of no dimensions, whose norm is zero."""
+    zero = jnp.zeros((), real_dtype(dtype))
+    return Top(zero, jnp.zeros(m, dtype), jnp.zeros(n, dtype))
+
+
 def power_iteration(linear: LinearMap, start: Inexact[Array, " n"], steps: int) -> Top:
     """Steps of power iteration, from a unit vector that was good a moment ago."""
     top = power_step(linear, start)
@@ -136,6 +142,8 @@ def search(linear: LinearMap, right: Inexact[Array, " n"]) -> Inexact[Array, " n
     """A vector that is stretched most, for power iteration to go on from. It looks
     further than around `right`, which may have been overtaken unseen: in floating
     point, a direction that power iteration has long shrunk is gone."""
+    if right.size == 0:
+        return right
     start = unit(right + fixed_vector(right.size, right.dtype) / 2)[0]
     return _krylov(linear, start, min(8, right.size))
 
@@ -172,6 +180,9 @@ def lanczos(
         Matrix Approximation Using the Lanczos Bidiagonalization
         Process](https://doi.org/10.1137/S1064827597327309), Simon and Zha, 2000.
     """
+    image = jax.eval_shape(linear.forward, start)
+    if start.size == 0 or image.size == 0:
+        return _empty(image.size, start.size, start.dtype)
     steps = min(steps, start.size)
 
     def cycle(carry):
@@ -187,7 +198,7 @@ def lanczos(
         count, top, residual = carry
         return (count == 0) | ((count < cycles) & (residual > tol * top.value))
 
-    left = jnp.zeros_like(jax.eval_shape(linear.forward, start))
+    left = jnp.zeros_like(image)
     zero = jnp.zeros((), real_dtype(start.dtype))
     carry = (jnp.zeros((), jnp.int32), Top(zero, left, start), zero)
     return lax.while_loop(unfinished, cycle, carry)[1]
@@ -263,6 +274,8 @@ def gram(matrix: Inexact[Array, "m n"], rtol: float = 2e-5) -> Top:
         Iteration](https://arxiv.org/abs/2305.16173), Delattre, Barthélemy, Araujo and
         Allauzen, 2023.
     """
+    if matrix.size == 0:
+        return _empty(matrix.shape[0], matrix.shape[1], matrix.dtype)
     if matrix.shape[0] < matrix.shape[1]:
         return gram(adjoint(matrix), rtol).flipped
     rows, size = matrix.shape
@@ -299,6 +312,8 @@ def gram(matrix: Inexact[Array, "m n"], rtol: float = 2e-5) -> Top:
 
 def svd(matrix: Inexact[Array, "m n"]) -> Top:
     """By the singular value decomposition."""
+    if matrix.size == 0:
+        return _empty(matrix.shape[0], matrix.shape[1], matrix.dtype)
     peak = _size_or_one(matrix)
     # LAPACK might not return from an infinity.
     finite = jnp.all(jnp.isfinite(matrix))

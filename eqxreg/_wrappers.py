@@ -1,5 +1,6 @@
 """`Constraint`, the wrapper that enforces a map in the forward pass."""
 
+import contextlib
 import functools as ft
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from jaxtyping import Array
 from ._bits import FrozenArray, frozen_as, is_frozen, opened, thawed
 from ._layers import is_tied, is_wrapper, only_calls, only_multiplies
 from ._maps import Parametrization, Projection
-from ._maps._base import factored, has_schedule
+from ._maps._base import bound_to, check_weight, factored, has_schedule
 from ._maps._held import HeldMaps
 from ._paths import (
     Path,
@@ -92,7 +93,8 @@ class Constraint(Wrapper):
         **Raises:**
 
         - `ValueError`: if the layer has no such array, it is `None` or a property that
-            is computed, or its rank is too low for the map.
+            is computed, its rank is too low for the map, it is outside an open set, or
+            the map changes its shape or dtype.
         - `TypeError`: if the array is not floating or complex, or `parametrization` is
             not a map.
         """
@@ -112,7 +114,8 @@ class Constraint(Wrapper):
         self.weight_name = names[0] if isinstance(weight_name, str) else names
         bound, ranks = [], []
         for name in names:
-            layer, p, weight_rank = _wrap(layer, name, parametrization)
+            with located(name if len(names) > 1 else ""):
+                layer, p, weight_rank = _wrap(layer, name, parametrization)
             bound.append(p)
             ranks.append(weight_rank)
         self.layer = layer
@@ -184,6 +187,18 @@ def _rewrite(
     return replace(node, step, new), state
 
 
+@contextlib.contextmanager
+def located(place: str) -> Iterator[None]:
+    """Errors of a value or a type within say where the weight is."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        # Others may be built of more than a text.
+        if not place or type(error) not in (TypeError, ValueError):
+            raise
+        raise type(error)(f"`{place}`: {error}") from error
+
+
 def on_stack(
     fn: Callable, p: Parametrization, weight_rank: int | None, raw: Any
 ) -> Any:
@@ -237,7 +252,9 @@ def _bind(p: Parametrization, weight: Any, weight_rank: int) -> tuple[Any, Any]:
     shape = weight.shape[weight.ndim - weight_rank :]
     p.check(jax.ShapeDtypeStruct(shape, weight.dtype))
     if weight.ndim == weight_rank:
-        return p.bind(weight)
+        bound, raw = bound_to(p, weight)
+        check_weight(bound, raw)
+        return bound, raw
     return eqx.filter_vmap(lambda w: _bind(p, w, weight_rank))(weight)
 
 
@@ -251,8 +268,7 @@ def written(node: Any, path: Path, value: Any) -> Any:
             if parse(name) == path and weight_rank is not None:
                 maps, old = [*node.parametrizations], node.parametrizations[i]
                 own = thawed(opened(old))
-                bind = lambda p, weight: p.bind(weight)
-                p, value = on_stack(bind, own, weight_rank, value)
+                p, value = on_stack(bound_to, own, weight_rank, value)
                 maps[i] = frozen_as(old, p)
                 node = replace(node, "parametrizations", HeldMaps(maps))
     if is_wrapper(node):

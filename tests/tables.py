@@ -150,6 +150,14 @@ BOXES = [
     ),
     Bounded("box", eqxreg.Box(-0.3, 0.7), lambda w: w, -0.3, 0.7, real_only=True),
     Bounded(
+        "box-arrays",
+        eqxreg.Box(np.full(4, -0.3), np.full((6, 1, 1), 0.7)),
+        lambda w: w,
+        -0.3,
+        0.7,
+        real_only=True,
+    ),
+    Bounded(
         "non_negative", eqxreg.NonNegative(), lambda w: w, 0.0, np.inf, real_only=True
     ),
     Bounded(
@@ -183,13 +191,18 @@ SPECTRAL = [
         "spectral_cap", eqxreg.SpectralCap(0.7), largest_singular_value(), None, 0.7
     ),
 ]
-PROJECTIONS = MAX_NORMS + SPHERES + BOXES + SPECTRAL
+_HELD = np.arange(120).reshape(SHAPE) % 3 == 0
+PINNED = [
+    Bounded("pinned", eqxreg.Pinned(_HELD, 0.5), lambda w: np.abs(w[_HELD]), 0.5, 0.5)
+]
+PROJECTIONS = MAX_NORMS + SPHERES + BOXES + SPECTRAL + PINNED
 
 # Maps of open sets, and what their weights are.
 OPEN = {
     "positive": eqxreg.Positive(),
     "positive-exp": eqxreg.Positive("exp"),
     "interval": eqxreg.Interval(-0.3, 0.7),
+    "interval-arrays": eqxreg.Interval(np.full(1, -0.3), 0.7),
     "chain": eqxreg.Chain(eqxreg.Interval(-9.0, 9.0), eqxreg.Positive()),
 }
 

@@ -9,6 +9,7 @@ from ._elementwise import (
     NonNegative as NonNegative,
     Positive as Positive,
 )
+from ._masked import Masked as Masked, Pinned as Pinned
 from ._norm import (
     MaxNorm as MaxNorm,
     MinMaxNorm as MinMaxNorm,
@@ -28,7 +29,6 @@ from ._spectral import (
 )
 from ._structure import (
     LowRank as LowRank,
-    Masked as Masked,
     PositiveSemidefinite as PositiveSemidefinite,
     SkewSymmetric as SkewSymmetric,
     Symmetric as Symmetric,

@@ -5,6 +5,8 @@ here: how bounds are checked, stored and read, and how a distance to a set is me
 """
 
 import abc
+import decimal
+import fractions
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -16,7 +18,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, PyTree
 
-from .._bits import Constant, is_constant, value_of
+from .._bits import Constant, value_of
 from .._norms import all_finite, frobenius_norm, real_dtype, tolerance, widen
 from ._factored import Factored
 
@@ -49,7 +51,7 @@ class Schedule:
 
 Bound: TypeAlias = float | int | np.number | np.ndarray | Array | Constant | Callable
 """What a bound may be given as: a Python number (compiled in), a JAX scalar array
-(traced) or, for use in `project`, an Optax schedule."""
+(traced) or, for use in `project`, an Optax schedule. Some maps take arrays of them."""
 
 
 StoredBound: TypeAlias = Number | Constant | Array | Schedule
@@ -69,6 +71,9 @@ def check_bound(
     minimum: float | int = -math.inf,
     strict: bool = False,
     several: bool = False,
+    finite: bool = False,
+    toward: float | None = None,
+    hint: str = "",
 ) -> StoredBound:
     """The form in which a bound is stored, after checking what can be checked.
 
@@ -79,70 +84,123 @@ def check_bound(
     - `minimum`: the smallest value allowed. If it is finite, then so is the bound.
     - `strict`: whether `minimum` itself is not allowed.
     - `several`: whether an array of bounds will do.
+    - `finite`: whether the bound has to be finite.
+    - `toward`: where to round what no array of JAX holds, as in `bound_value`. Defaults
+        to the nearest number.
+    - `hint`: what to do instead, for the error.
     """
     value = value_of(value)
     if callable(value) and not isinstance(value, (jax.Array, np.ndarray, np.generic)):
         return value if isinstance(value, Schedule) else Schedule(value)
-    if isinstance(value, bool) or not isinstance(
-        value, (int, float, np.number, np.ndarray, jax.Array)
+    check_real(value, name, several=several)
+    finite = finite or math.isfinite(minimum)
+    need = _requirement(minimum, strict, finite)
+    remedy = f" {hint}" if hint else ""
+    if isinstance(value, jax.Array) or (
+        isinstance(value, np.ndarray) and value.ndim != 0
     ):
+        fine = _is_fine(value, minimum, strict, finite)
+        if isinstance(value, Tracer):
+            message = f"`{name}` must be {need}.{remedy}"
+            value = eqx.error_if(value, jnp.any(~fine), message)
+        elif not np.all(fine):
+            wrong = np.asarray(value)[~np.asarray(fine)].flat[0]
+            raise ValueError(f"`{name}` must be {need}, got {wrong}.{remedy}")
+        # A weak type would make a bound that is replaced later a new trace.
+        dtype = value.dtype if _is_floating(value) else jnp.result_type(float)
+        if isinstance(value, np.ndarray):
+            dtype = jnp.result_type(dtype)
+            value = rounded(value, dtype, toward)
+        return Constant.of(jnp.asarray(value, dtype=dtype))
+    try:
+        # Adding zero makes a negative zero a positive one, which it is equal to.
+        number = float(value) + 0.0
+    except OverflowError:
+        bits = int(value).bit_length()
+        raise ValueError(
+            f"`{name}` must be {need if finite else 'finite or `jnp.inf`'}, got an int "
+            f"of {bits} bits, which no float holds."
+        ) from None
+    if not _is_fine(number, minimum, strict, finite):
+        raise ValueError(f"`{name}` must be {need}, got {number}.{remedy}")
+    return Number(number)
+
+
+def check_real(value: Any, name: str, *, several: bool) -> None:
+    """Raises unless this is a real number or, if there may be `several`, an array."""
+    is_number = isinstance(value, (int, float, np.number, np.ndarray, jax.Array))
+    if isinstance(value, bool) or not is_number:
+        array = "array" if several else "scalar array"
+        exact = isinstance(value, (fractions.Fraction, decimal.Decimal))
+        listed = several and isinstance(value, (list, tuple))
+        remedy = " Give `float(...)` of it." if exact else ""
+        remedy = " Give `jnp.asarray(...)` of it." if listed else remedy
         raise TypeError(
-            f"`{name}` must be a number, a JAX scalar array or an Optax schedule, got "
-            f"{value!r}."
+            f"`{name}` must be a number, a JAX {array} or an Optax schedule, got "
+            f"{value!r}.{remedy}"
         )
-    is_array = isinstance(value, (np.ndarray, jax.Array))
-    if is_array and value.ndim != 0 and not several:
+    if isinstance(value, (np.ndarray, jax.Array)) and value.ndim and not several:
         raise ValueError(
             f"`{name}` must be a scalar, got an array of shape {value.shape}."
         )
     if jnp.iscomplexobj(value):
         raise TypeError(f"`{name}` must be real, got {value!r}.")
-    need = _requirement(minimum, strict)
-    if isinstance(value, jax.Array) or (is_array and value.ndim != 0):
-        # A weak type would make a bound that is replaced later a new trace.
-        dtype = value.dtype if _is_floating(value) else float
-        value = jnp.asarray(value, dtype=dtype)
-        fine = _is_fine(value, minimum, strict)
-        if isinstance(value, Tracer):
-            value = eqx.error_if(value, ~fine, f"`{name}` must be {need}.")
-        elif not np.all(fine):
-            wrong = np.asarray(value)[~np.asarray(fine)].flat[0]
-            raise ValueError(f"`{name}` must be {need}, got {wrong}.")
-        return Constant.of(value)
-    number = float(value)
-    if not _is_fine(number, minimum, strict):
-        raise ValueError(f"`{name}` must be {need}, got {number}.")
-    return Number(number)
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.number):
+        raise TypeError(f"`{name}` must be of numbers, got an array of {dtype}.")
 
 
-def _is_fine(value: Any, minimum: float | int, strict: bool) -> Any:
+def _is_fine(value: Any, minimum: float | int, strict: bool, finite: bool) -> Any:
     """Whether a bound is what is required of it; of an array, each entry."""
-    if not math.isfinite(minimum):
-        return value == value
-    return ((value > minimum) if strict else (value >= minimum)) & (value < math.inf)
+    above = value > minimum if strict else value >= minimum
+    return above & (abs(value) < math.inf) if finite else above
 
 
 def check_order(lower: Any, upper: Any, names: tuple[str, str], *, strict: bool):
-    """Raises if two bounds, as far as they are known, are in the wrong order."""
-    for bound in (lower, upper):
-        if isinstance(bound, Schedule) or (is_constant(bound) and not bound.is_known):
-            return
-    low, high = np.asarray(lower), np.asarray(upper)
+    """Raises if two bounds, as they were given and as far as they are known, are in the
+    wrong order or of shapes that do not fit each other."""
+    lower, upper = value_of(lower), value_of(upper)
+    if callable(lower) or callable(upper):
+        return
+    low_shape, high_shape = np.shape(lower), np.shape(upper)
     try:
-        low, high = np.broadcast_arrays(low, high)
+        np.broadcast_shapes(low_shape, high_shape)
     except ValueError:
         raise ValueError(
             f"`{names[0]}` and `{names[1]}` must have shapes that broadcast to each "
-            f"other, got {low.shape} and {high.shape}."
+            f"other, got {low_shape} and {high_shape}."
         ) from None
+    if isinstance(lower, Tracer) or isinstance(upper, Tracer):
+        return
+    low, high = np.broadcast_arrays(
+        np.asarray(lower, np.float64), np.asarray(upper, np.float64)
+    )
     wrong = low >= high if strict else low > high
     if np.any(wrong):
         relation = "less than" if strict else "at most"
         raise ValueError(
             f"`{names[0]}` must be {relation} `{names[1]}`, got "
-            f"`{names[0]}={float(low[wrong].flat[0])}` and "
-            f"`{names[1]}={float(high[wrong].flat[0])}`."
+            f"`{names[0]}={low[wrong].flat[0]}` and "
+            f"`{names[1]}={high[wrong].flat[0]}`."
         )
+
+
+def check_broadcasts(name: str, shape: tuple[int, ...], weight: Shaped) -> None:
+    """Raises unless an array of this shape, the argument `name`, can be stretched to
+    the shape of a weight."""
+    # Axes of size one are stretched, and missing ones are the first.
+    ones = (1,) * (weight.ndim - len(shape))
+    sizes = zip(ones + shape, weight.shape, strict=False)
+    if len(shape) > weight.ndim or not all(m in (1, n) for m, n in sizes):
+        raise ValueError(
+            f"`{name}` must have the shape of the weight, {tuple(weight.shape)}, or "
+            f"one that broadcasts to it, got {shape}."
+        )
+
+
+def bound_shape(bound: Any) -> tuple[int, ...]:
+    """The shape of a bound, as far as it is known: a schedule may give any."""
+    return () if isinstance(bound, (Number, Schedule)) else tuple(bound.shape)
 
 
 def bound_value(
@@ -160,22 +218,38 @@ def bound_value(
             "A bound that is a schedule needs a step. Use it in `eqxreg.project`, "
             "which counts steps, or give a number or a JAX scalar array."
         )
-    if isinstance(bound, jax.Array):
-        bound = jax.lax.stop_gradient(bound)
-        if jnp.finfo(dtype).bits >= jnp.finfo(bound.dtype).bits:
-            return bound.astype(dtype)
-        near = bound.astype(dtype)
-        back = near.astype(bound.dtype)
-        beyond = back > bound if toward < 0 else back < bound
-        inside = jnp.nextafter(near, jnp.full_like(near, toward))
-        return jnp.where(beyond, inside, near)
-    exact = np.float64(bound)
+    if not isinstance(bound, jax.Array):
+        return jnp.asarray(rounded(np.float64(bound), dtype, toward), dtype=dtype)
+    bound = jax.lax.stop_gradient(bound)
+    if not _is_floating(bound):
+        bound = bound.astype(jnp.float32)
+    if _holds(dtype, bound.dtype):
+        return bound.astype(dtype)
+    near = bound.astype(dtype)
+    wide = bound.dtype if _holds(bound.dtype, dtype) else jnp.dtype(jnp.float32)
+    back, bound = near.astype(wide), bound.astype(wide)
+    beyond = back > bound if toward < 0 else back < bound
+    inside = jnp.nextafter(near, jnp.full_like(near, toward))
+    return jnp.where(beyond, inside, near)
+
+
+def rounded(value: np.ndarray | np.number, dtype, toward: float | None) -> np.ndarray:
+    """`value` in `dtype`: the nearest number or, where it is not exact, the next one
+    towards `toward`."""
     with np.errstate(over="ignore"):
-        rounded = np.asarray(exact, dtype=dtype)
-    beyond = rounded > exact if toward < 0 else rounded < exact
-    if beyond:
-        rounded = np.nextafter(rounded, np.asarray(toward, dtype=dtype))
-    return jnp.asarray(rounded, dtype=dtype)
+        near = np.asarray(value, dtype=dtype)
+    if toward is None:
+        return near
+    beyond = near > value if toward < 0 else near < value
+    if not np.any(beyond):
+        return near
+    return np.where(beyond, np.nextafter(near, np.asarray(toward, near.dtype)), near)
+
+
+def _holds(dtype, other) -> bool:
+    """Whether a floating dtype holds all numbers of another."""
+    own, other = jnp.finfo(dtype), jnp.finfo(other)
+    return own.nmant >= other.nmant and own.maxexp >= other.maxexp
 
 
 def has_schedule(tree: Any) -> bool:
@@ -212,6 +286,63 @@ def check_values(
     if not np.all(np.asarray(fine)):
         raise ValueError(message)
     return weight
+
+
+def check_kept(p: "Parametrization", given: Any, result: Any, method: str = "") -> Any:
+    """`result`, after checking that it has the shape and dtype of what a map, or a
+    method of it, was given."""
+    name = type(p).__name__ + method
+    if not (hasattr(result, "shape") and hasattr(result, "dtype")):
+        raise TypeError(
+            f"`{name}` returned {_kind(result)} for a weight: a map must keep shape "
+            "and dtype."
+        )
+    before, after = ((tuple(x.shape), jnp.dtype(x.dtype)) for x in (given, result))
+    if before != after:
+        raise ValueError(
+            f"`{name}` returned an array of shape {after[0]} and {after[1]} for one of "
+            f"shape {before[0]} and {before[1]}: a map must keep shape and dtype."
+        )
+    return result
+
+
+def bound_to(p: "Parametrization", weight: Any) -> tuple[Any, Any]:
+    """`p.bind(weight)`, after checking that the raw weight is as this one."""
+    bound, raw = p.bind(weight)
+    return bound, check_kept(p, weight, raw, ".inverse" if bound is p else ".bind")
+
+
+def check_weight(p: "Parametrization", weight: Any) -> None:
+    """Raises if this map cannot be applied to such a weight, or changes its shape or
+    dtype. Nothing is computed."""
+    p.check(weight)
+    if _is_own(p):
+        return
+    try:
+        result = jax.eval_shape(p, weight)
+    except _NEEDS_VALUES:
+        # It cannot be traced, and what it does is not known before it is called.
+        return
+    check_kept(p, weight, result)
+
+
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
+def _is_own(p: "Parametrization") -> bool:
+    """Whether this map, and all that it is made of, computes as one of eqxreg does."""
+    cls = next(c for c in type(p).__mro__ if "__call__" in vars(c))
+    is_part = lambda x: isinstance(x, Parametrization) and x is not p
+    parts = filter(is_part, jax.tree.leaves(p, is_leaf=is_part))
+    return cls.__module__.startswith("eqxreg.") and all(map(_is_own, parts))
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 class Parametrization(eqx.Module):
@@ -390,7 +521,8 @@ class Projection(Parametrization):
         return self(weight), start
 
     def _wide_distance(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
-        return frobenius_norm(widen(weight) - widen(self(weight)))
+        nearest = check_kept(self, weight, self(weight))
+        return frobenius_norm(widen(weight) - widen(nearest))
 
     def _active(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
         """The share of the units of `weight` that this map moves, or would move if they
@@ -447,9 +579,9 @@ def _is_floating(value: Array | np.ndarray) -> bool:
     return jnp.issubdtype(value.dtype, jnp.floating)
 
 
-def _requirement(minimum: float | int, strict: bool) -> str:
+def _requirement(minimum: float | int, strict: bool, finite: bool) -> str:
     if not math.isfinite(minimum):
-        return "a number"
+        return "finite" if finite else "a number"
     if minimum == 0:
         return "positive and finite" if strict else "non-negative and finite"
     return f"finite and {'more than' if strict else 'at least'} {minimum}"

@@ -4,7 +4,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, PyTree
 
 from .._norms import with_derivative_of
-from ._base import Parametrization, Projection, Shaped, composed_degree
+from ._base import (
+    Parametrization,
+    Projection,
+    Shaped,
+    bound_to,
+    check_kept,
+    composed_degree,
+)
 
 
 class StraightThrough(Projection):
@@ -148,7 +155,7 @@ class Chain(Parametrization):
 
     def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         for p in self.maps:
-            raw = p(raw)
+            raw = check_kept(p, raw, p(raw))
         return raw
 
     def inverse(self, weight: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
@@ -161,7 +168,7 @@ class Chain(Parametrization):
         The raw weight, by the inverses of the maps, the last first.
         """
         for p in reversed(self.maps):
-            weight = p.inverse(weight)
+            weight = check_kept(p, weight, p.inverse(weight), ".inverse")
         return weight
 
     def bind(
@@ -169,7 +176,7 @@ class Chain(Parametrization):
     ) -> tuple["Chain", Inexact[Array, "*shape"]]:
         bound = []
         for p in reversed(self.maps):
-            p, weight = p.bind(weight)
+            p, weight = bound_to(p, weight)
             bound.append(p)
         return Chain(*reversed(bound)), weight
 

@@ -1,5 +1,6 @@
 """Maps that act on each entry of a weight by itself."""
 
+import functools as ft
 import math
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
@@ -12,13 +13,14 @@ from jaxtyping import Array, Float, Inexact
 from .._norms import widen
 from ._base import (
     Bound,
-    Number,
     Parametrization,
     Projection,
     Shaped,
     StoredBound,
+    bound_shape,
     bound_value,
     check_bound,
+    check_broadcasts,
     check_dtype,
     check_order,
     check_values,
@@ -28,10 +30,11 @@ from ._base import (
 
 def clip(
     weight: Float[Array, "*shape"],
-    lower: Float[Array, ""] | None,
-    upper: Float[Array, ""] | None,
+    lower: Float[Array, "..."] | None,
+    upper: Float[Array, "..."] | None,
 ) -> Float[Array, "*shape"]:
-    """`weight` between `lower` and `upper`, either of which may be missing.
+    """`weight` between `lower` and `upper`, scalars or of its shape. Either may be
+    missing.
 
     NaNs and infinities stay, unlike in `jnp.clip`. The derivative is 1 inside, bounds
     included, and 0 outside.
@@ -78,7 +81,17 @@ class NonNegative(Projection):
 
 class Box(Projection):
     r"""The weights with entries between two bounds:
-    $w_i \mapsto \min(\max(w_i, l), u)$.
+    $w_i \mapsto \min(\max(w_i, l_i), u_i)$.
+
+    The bounds may be arrays, one for each entry or stretched along some axes. So
+    columns keep their signs, as those of a network whose units are excitatory or
+    inhibitory do (Dale's law), and weights stay in a region of trust around others:
+
+    ```python
+    signs = jnp.where(excitatory, 1.0, -1.0)  # one for each input
+    Box(jnp.where(signs > 0, 0.0, -jnp.inf), jnp.where(signs > 0, jnp.inf, 0.0))
+    Box(start - 0.1, start + 0.1)
+    ```
 
     !!! example
 
@@ -87,6 +100,10 @@ class Box(Projection):
         >>> import eqxreg
         >>> print(eqxreg.Box(-1.0, 0.5)(jnp.array([-3.0, 0.25, 2.0])))
         [-1.    0.25  0.5 ]
+        >>> signs = eqxreg.Box(jnp.array([0.0, -jnp.inf]), jnp.array([jnp.inf, 0.0]))
+        >>> print(signs(jnp.array([[-1.0, -2.0], [3.0, 4.0]])))
+        [[ 0. -2.]
+         [ 3.  0.]]
 
         ```
     """
@@ -97,31 +114,32 @@ class Box(Projection):
     def __init__(self, lower: Bound, upper: Bound):
         r"""**Arguments:**
 
-        - `lower`, `upper`: the bounds $l \le u$: numbers, JAX scalar arrays or
-            schedules. Either may be infinite.
+        - `lower`, `upper`: the bounds $l \le u$: numbers, schedules, or arrays of the
+            shape of the weight or of one that broadcasts to it. Any may be infinite. An
+            array is of the weight of one layer, and holds for each in a stack.
 
         **Raises:**
 
-        - `ValueError`: if a bound is NaN, or `lower > upper`.
+        - `ValueError`: if a bound is NaN, `lower > upper`, or, when called, if the
+            shape of a bound does not broadcast to that of the weight.
         """
-        self.lower = check_bound(lower, "lower")
-        self.upper = check_bound(upper, "upper")
-        check_order(self.lower, self.upper, ("lower", "upper"), strict=False)
+        self.lower = check_bound(lower, "lower", several=True, toward=math.inf)
+        self.upper = check_bound(upper, "upper", several=True, toward=-math.inf)
+        check_order(lower, upper, ("lower", "upper"), strict=False)
 
     def check(self, weight: Shaped) -> None:
-        check_dtype(weight, complex_for="Box")
+        _check_bounded(self, weight)
 
     def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         self.check(raw)
-        return clip(raw, *self._bounds(raw.dtype))
+        return clip(raw, *self._bounds(raw))
 
     def _active(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
-        lower, upper = self._bounds(weight.dtype)
+        lower, upper = self._bounds(weight)
         return share((weight <= lower) | (weight >= upper), widen(weight))
 
-    def _bounds(self, dtype) -> tuple[Array, Array]:
-        upper = bound_value(self.upper, dtype)
-        lower = bound_value(self.lower, dtype, toward=math.inf)
+    def _bounds(self, weight: Array) -> tuple[Array, Array]:
+        lower, upper = _bounds_like(self, weight, weight.dtype)
         # Rounded towards the inside, two bounds that were equal may have crossed.
         return jnp.minimum(lower, upper), upper
 
@@ -143,6 +161,14 @@ class Positive(Parametrization):
     $w = \log(1 + e^v)$ or $w = e^v$.
 
     Unlike under [`eqxreg.NonNegative`][], no weight is ever dead.
+
+    A weight that is wrapped has to be positive, and that of a fresh layer is not. To
+    start inside, project first:
+
+    ```python
+    model = eqxreg.project_params(model, eqxreg.Box(1e-3, jnp.inf))
+    model = eqxreg.constrain(model, eqxreg.Positive())
+    ```
 
     !!! example
 
@@ -202,15 +228,20 @@ class Positive(Parametrization):
             weight,
             weight > 0,
             "`Positive` needs a weight whose entries are all positive, and this one "
-            "has others. Initialise the layer with positive weights first, such as "
-            "`eqx.tree_at(lambda l: l.weight, layer, jnp.abs(layer.weight) + 1e-3)`.",
+            "has others. Start inside: `eqx.tree_at(lambda l: l.weight, layer, "
+            "jnp.abs(layer.weight) + 1e-3)` for a layer; for a model, "
+            "`eqxreg.constrain(eqxreg.project_params(model, eqxreg.Box(1e-3, "
+            "jnp.inf)), eqxreg.Positive())`.",
         )
         return _POSITIVE[self.map].inverse(widen(weight)).astype(weight.dtype)
 
 
 class Interval(Parametrization):
     r"""The weights strictly between two bounds, as the image of all weights:
-    $w = l + (u - l) / (1 + e^{-v})$.
+    $w_i = l_i + (u_i - l_i) / (1 + e^{-v_i})$.
+
+    The bounds may be arrays, as those of [`eqxreg.Box`][]. A weight that is wrapped has
+    to be inside; `eqxreg.project_params(model, eqxreg.Box(low, high))` brings it there.
 
     !!! example
 
@@ -229,34 +260,31 @@ class Interval(Parametrization):
     def __init__(self, lower: Bound, upper: Bound):
         """**Arguments:**
 
-        - `lower`, `upper`: the bounds $l < u$, finite: numbers or JAX scalar arrays.
+        - `lower`, `upper`: the bounds $l < u$, finite: numbers, or arrays of the shape
+            of the weight or of one that broadcasts to it.
 
         **Raises:**
 
-        - `ValueError`: if a bound is not finite, or `lower >= upper`.
+        - `ValueError`: if a bound is not finite, `lower >= upper`, or, when called, if
+            the shape of a bound does not broadcast to that of the weight.
         """
-        self.lower = check_bound(lower, "lower")
-        self.upper = check_bound(upper, "upper")
-        for name in ("lower", "upper"):
-            bound = getattr(self, name)
-            if isinstance(bound, Number) and math.isinf(bound):
-                raise ValueError(
-                    f"`{name}` must be finite, got {bound}. For one bound only, shift "
-                    "`eqxreg.Positive`."
-                )
-        check_order(self.lower, self.upper, ("lower", "upper"), strict=True)
+        hint = "For one bound only, shift `eqxreg.Positive`."
+        check = ft.partial(check_bound, several=True, finite=True, hint=hint)
+        self.lower = check(lower, "lower", toward=math.inf)
+        self.upper = check(upper, "upper", toward=-math.inf)
+        check_order(lower, upper, ("lower", "upper"), strict=True)
 
     def check(self, weight: Shaped) -> None:
-        check_dtype(weight, complex_for="Interval")
+        _check_bounded(self, weight)
 
     def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         self.check(raw)
         wide = widen(raw)
-        lower, upper = self._bounds(wide.dtype)
+        lower, upper = _bounds_like(self, raw, wide.dtype)
         share = jax.nn.sigmoid(wide)
         weight = (lower * (1 - share) + upper * share).astype(raw.dtype)
         # The outermost weights within, for rounding may have reached the bounds.
-        lower, upper = self._bounds(raw.dtype)
+        lower, upper = _bounds_like(self, raw, raw.dtype)
         step = _smallest(raw.dtype)
         first = jnp.where(lower == 0, step, jnp.nextafter(lower, upper))
         last = jnp.where(upper == 0, -step, jnp.nextafter(upper, lower))
@@ -279,20 +307,32 @@ class Interval(Parametrization):
         """
         self.check(weight)
         wide = widen(weight)
-        lower, upper = self._bounds(wide.dtype)
+        lower, upper = _bounds_like(self, weight, wide.dtype)
         wide = check_values(
             wide,
             (wide > lower) & (wide < upper),
             "`Interval` needs a weight whose entries are all strictly between `lower` "
-            "and `upper`, and this one has others. Initialise the layer inside first, "
-            "such as `eqx.tree_at(lambda l: l.weight, layer, interval(layer.weight))`.",
+            "and `upper`, and this one has others. Start inside: `eqx.tree_at(lambda "
+            "l: l.weight, layer, interval(layer.weight))` for a layer; for a model, "
+            "`eqxreg.project_params(model, eqxreg.Box(low, high))` with `low` and "
+            "`high` a little inside the bounds, and then `eqxreg.constrain`.",
         )
         raw = jnp.log(wide - lower) - jnp.log(upper - wide)
         return raw.astype(weight.dtype)
 
-    def _bounds(self, dtype) -> tuple[Array, Array]:
-        lower = bound_value(self.lower, dtype, toward=math.inf)
-        return lower, bound_value(self.upper, dtype)
+
+def _check_bounded(p: Box | Interval, weight: Shaped) -> None:
+    check_dtype(weight, complex_for=type(p).__name__)
+    check_broadcasts("lower", bound_shape(p.lower), weight)
+    check_broadcasts("upper", bound_shape(p.upper), weight)
+
+
+def _bounds_like(p: Box | Interval, weight: Array, dtype) -> tuple[Array, Array]:
+    """The bounds in a dtype: scalars or, if they are several, of the weight's shape."""
+    lower = bound_value(p.lower, dtype, toward=math.inf)
+    upper = bound_value(p.upper, dtype)
+    like = lambda b: b if b.ndim == 0 else jnp.broadcast_to(b, weight.shape)
+    return like(lower), like(upper)
 
 
 def _smallest(dtype) -> Array:

@@ -141,7 +141,10 @@ def automatically_sharded(
     fn: Callable, weight: Inexact[Array, "..."], *others: Array
 ) -> Any:
     """`fn(weight, *others)`, which is a weight laid out as this one or, if there are
-    others, a weight and something small."""
+    others, a weight and something small. An empty weight stays, and so do the others:
+    nothing is to be done to it, and decompositions don't know what."""
+    if weight.size == 0:
+        return (weight, *others) if others else weight
     sharding = jax.typeof(weight).sharding
     whole = NamedSharding(sharding.mesh, PartitionSpec())
     return _automatically(

@@ -217,7 +217,7 @@ class MinMaxNorm(_NormMap):
         self.min_norm = check_bound(min_norm, "min_norm", minimum=0)
         self.max_norm = check_bound(max_norm, "max_norm", minimum=0, strict=True)
         names = ("min_norm", "max_norm")
-        check_order(self.min_norm, self.max_norm, names, strict=False)
+        check_order(min_norm, max_norm, names, strict=False)
         if not isinstance(rate, int | float | np.number) or not 0 < rate <= 1:
             raise ValueError(f"`rate` must be in (0, 1], got {rate!r}.")
         self.rate = float(rate)

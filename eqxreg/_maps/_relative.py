@@ -127,6 +127,9 @@ class Relative(Projection):
         self.check(weight)
         measure: Any = self.projection
         sizes = jax.lax.stop_gradient(measure._sizes(weight))
+        if weight.size == 0:
+            # It has no norm to be relative to, and stays whatever the bound is.
+            return jnp.ones_like(sizes)
         return eqx.error_if(
             sizes,
             jnp.all(sizes == 0),

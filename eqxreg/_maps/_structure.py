@@ -1,20 +1,17 @@
-r"""Maps to weights of a given structure: symmetric, semidefinite, of low rank, masked.
+r"""Maps to matrices of a given structure: symmetric, semidefinite, of low rank.
 
 The nearest points and their derivatives are in `_nearest.py`.
 """
 
 import functools as ft
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Inexact
+from jaxtyping import Array, Inexact
 
 from .._polar import as_tall
 from .._singular import adjoint
-from ._base import Projection, Shaped, check_dtype
 from ._matrix import (
     MatrixProjection,
     RowAxes,
@@ -157,8 +154,6 @@ class PositiveSemidefinite(SquareProjection):
 
     def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         self.check(raw)
-        if raw.size == 0:
-            return raw
         return on_matrices(self, nearest_semidefinite, raw)
 
 
@@ -227,63 +222,3 @@ class LowRank(MatrixProjection):
             return raw
         nearest = ft.partial(nearest_of_rank, self.rank)
         return on_matrices(self, ft.partial(as_tall, nearest), raw)
-
-
-class Masked(Projection):
-    r"""The weights that are zero outside a mask: $w_i \mapsto m_i w_i$.
-
-    For connections that are not there: pruned, autoregressive, or of your own design.
-    The gradient is masked too. The mask is a leaf of the tree, but not a floating one:
-    nothing trains it.
-
-    !!! example
-
-        ```python
-        >>> import jax.numpy as jnp
-        >>> import eqxreg
-        >>> lower_triangle = jnp.tri(2, dtype=bool)
-        >>> print(eqxreg.Masked(lower_triangle)(jnp.array([[1.0, 2.0], [3.0, 4.0]])))
-        [[1. 0.]
-         [3. 4.]]
-
-        ```
-    """
-
-    mask: Bool[Array, "..."]
-    _degree: ClassVar[int | None] = 1
-
-    def __init__(self, mask: Any):
-        """**Arguments:**
-
-        - `mask`: which entries may be other than zero: a boolean array, of JAX or
-            numpy, of the shape of the weight or of one that broadcasts to it.
-
-        **Raises:**
-
-        - `TypeError`: if `mask` is not a boolean array.
-        """
-        if not isinstance(mask, (jax.Array, np.ndarray)):
-            raise TypeError(f"`mask` must be a boolean array, got {mask!r}.")
-        if mask.dtype != bool:
-            raise TypeError(
-                f"`mask` must be a boolean array, got one of {mask.dtype}: perhaps "
-                "`mask != 0`?"
-            )
-        self.mask = jnp.asarray(mask)
-
-    def check(self, weight: Shaped) -> None:
-        check_dtype(weight)
-        # Axes of size one are stretched, and missing ones are the first.
-        ones = (1,) * (weight.ndim - self.mask.ndim)
-        sizes = zip(ones + self.mask.shape, weight.shape, strict=False)
-        fits = self.mask.ndim <= weight.ndim and all(m in (1, n) for m, n in sizes)
-        if not fits:
-            raise ValueError(
-                f"`mask` must have the shape of the weight, {tuple(weight.shape)}, or "
-                f"one that broadcasts to it, got {self.mask.shape}."
-            )
-
-    def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
-        self.check(raw)
-        mask = jnp.broadcast_to(self.mask, raw.shape)
-        return jnp.where(mask | ~jnp.isfinite(raw), raw, 0)

@@ -1,5 +1,6 @@
 """Projection after the update, which is always the last step of a chain."""
 
+import functools as ft
 from typing import Any, Literal, NamedTuple, get_args
 
 import equinox as eqx
@@ -11,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Int, PyTree
 
 from .._maps import Projection
-from .._maps._base import check_projection
+from .._maps._base import check_projection, check_weight
 from .._norms import anywhere, per_layer, widen
 from .._select import check_sites, require_sites, weights
 from .._sites import Site
@@ -130,7 +131,7 @@ def project(
             return Carried(start, None if none else jnp.zeros_like(widen(site.leaf)))
 
         found = [site for _, site in require_sites(mask, params, "mask")]
-        check_sites(p.check, found)
+        check_sites(ft.partial(check_weight, p), found)
         return ProjectState(first, tuple(map(carried, found)))
 
     def update(updates, state, params=None):
