@@ -5,6 +5,7 @@ here: how bounds are checked, stored and read, and how a distance to a set is me
 """
 
 import abc
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -17,6 +18,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, PyTree
 
 from .._norms import all_finite, frobenius_norm, real_dtype, tolerance, widen
+from .._rates import as_float
 from ._factored import Factored
 
 
@@ -26,21 +28,32 @@ class Number(float):
     `jax.grad` nor `lax.scan` over stacked layers meets it."""
 
 
-@jax.tree_util.register_static
-class Schedule:
-    """A bound as a function of the step; `project` evaluates it."""
+@dataclasses.dataclass(frozen=True)
+class Requirement:
+    """What a bound has to be: the arguments of `check_bound` but the first."""
 
-    def __init__(self, fn: Callable[[Any], Any]):
-        self.fn = fn
+    name: str
+    minimum: float | int
+    strict: bool
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, repr=False)
+class Schedule:
+    """A bound as a function of the step; `project` evaluates it, and checks what it
+    gives as it would a number."""
+
+    fn: Callable[[Any], Any]
+    requirement: Requirement | None = None
 
     def __call__(self, step: Int[Array, ""]) -> Array:
-        return jnp.asarray(self.fn(step))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Schedule) and self.fn == other.fn
-
-    def __hash__(self) -> int:
-        return hash(self.fn)
+        now = self.fn(step)
+        need = self.requirement
+        if need is not None:
+            now = check_bound(now, need.name, minimum=need.minimum, strict=need.strict)
+        if isinstance(now, Schedule):
+            raise TypeError(f"{self!r} must give numbers, and gives {now!r}.")
+        return jnp.asarray(now)
 
     def __repr__(self) -> str:
         return f"<schedule {getattr(self.fn, '__name__', self.fn)}>"
@@ -73,7 +86,9 @@ def check_bound(
     - `strict`: whether `minimum` itself is not allowed.
     """
     if callable(value) and not isinstance(value, (jax.Array, np.ndarray, np.generic)):
-        return value if isinstance(value, Schedule) else Schedule(value)
+        if isinstance(value, Schedule):
+            return value
+        return Schedule(value, Requirement(name, minimum, strict))
     if isinstance(value, bool) or not isinstance(
         value, (int, float, np.number, np.ndarray, jax.Array)
     ):
@@ -94,8 +109,10 @@ def check_bound(
         value = jnp.asarray(value, dtype=dtype)
         if isinstance(value, Tracer):
             fine = (value > minimum) if strict else (value >= minimum)
+            if math.isfinite(minimum):
+                fine = fine & (value < math.inf)
             return eqx.error_if(value, ~fine, f"`{name}` must be {need}.")
-    number = float(value)
+    number = as_float(value)
     below = number <= minimum if strict else number < minimum
     endless = math.isfinite(minimum) and math.isinf(number)
     if math.isnan(number) or (math.isfinite(minimum) and below) or endless:
@@ -103,16 +120,35 @@ def check_bound(
     return value if isinstance(value, jax.Array) else Number(number)
 
 
-def check_order(lower: Any, upper: Any, names: tuple[str, str], *, strict: bool):
-    """Raises if two bounds, as far as they are known, are in the wrong order."""
-    if any(isinstance(bound, Schedule | Tracer) for bound in (lower, upper)):
-        return
+def check_order(
+    lower: Any, upper: Any, names: tuple[str, str], *, strict: bool
+) -> tuple[Any, Any]:
+    """Two bounds, after checking that they are in order: now, or when they are known.
+    Schedules are checked when they are evaluated."""
+    both = lower, upper
+    if any(isinstance(bound, Schedule) for bound in both):
+        return both
+    if any(isinstance(bound, Tracer) for bound in both):
+        low, high = (jnp.asarray(bound, float) for bound in both)
+        crossed = jnp.any(low >= high if strict else low > high)
+        relation = "less than" if strict else "at most"
+        message = f"`{names[0]}` must be {relation} `{names[1]}`."
+        return eqx.error_if(both, crossed, message)
     if float(lower) > float(upper) or (strict and float(lower) == float(upper)):
         relation = "less than" if strict else "at most"
         raise ValueError(
             f"`{names[0]}` must be {relation} `{names[1]}`, got "
             f"`{names[0]}={float(lower)}` and `{names[1]}={float(upper)}`."
         )
+    return both
+
+
+def in_order(p: _Map, names: tuple[str, str], *, strict: bool) -> _Map:
+    """`p`, after `check_order` of two of its bounds."""
+    find = lambda p: tuple(getattr(p, name) for name in names)
+    lower, upper = find(p)
+    both = check_order(lower, upper, names, strict=strict)
+    return eqx.tree_at(find, p, both, is_leaf=lambda x: isinstance(x, Number))
 
 
 def bound_value(
@@ -270,11 +306,22 @@ class Parametrization(eqx.Module):
 
         The map, with a scalar array for each bound that was a schedule.
         """
-        return jax.tree.map(
-            lambda node: node(step) if _is_schedule(node) else node,
-            self,
-            is_leaf=_is_schedule,
-        )
+        if not has_schedule(self):
+            return self
+        inner = lambda node: isinstance(node, Parametrization) and node is not self
+
+        def evaluated(node: Any) -> Any:
+            if _is_schedule(node):
+                return node(step)
+            return node.at(step) if inner(node) else node
+
+        is_leaf = lambda node: _is_schedule(node) or inner(node)
+        return jax.tree.map(evaluated, self, is_leaf=is_leaf)._in_order()
+
+    def _in_order(self: _Map) -> _Map:
+        """This map, after checking that its bounds are in order, now that schedules
+        are evaluated."""
+        return self
 
 
 class Projection(Parametrization):

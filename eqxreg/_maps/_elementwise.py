@@ -22,6 +22,7 @@ from ._base import (
     check_dtype,
     check_order,
     check_values,
+    in_order,
     share,
 )
 
@@ -104,9 +105,12 @@ class Box(Projection):
 
         - `ValueError`: if a bound is NaN, or `lower > upper`.
         """
-        self.lower = check_bound(lower, "lower")
-        self.upper = check_bound(upper, "upper")
-        check_order(self.lower, self.upper, ("lower", "upper"), strict=False)
+        lower, upper = check_bound(lower, "lower"), check_bound(upper, "upper")
+        both = check_order(lower, upper, ("lower", "upper"), strict=False)
+        self.lower, self.upper = both
+
+    def _in_order(self) -> "Box":
+        return in_order(self, ("lower", "upper"), strict=False)
 
     def check(self, weight: Shaped) -> None:
         check_dtype(weight, complex_for="Box")
@@ -244,7 +248,11 @@ class Interval(Parametrization):
                     f"`{name}` must be finite, got {bound}. For one bound only, shift "
                     "`eqxreg.Positive`."
                 )
-        check_order(self.lower, self.upper, ("lower", "upper"), strict=True)
+        both = check_order(self.lower, self.upper, ("lower", "upper"), strict=True)
+        self.lower, self.upper = both
+
+    def _in_order(self) -> "Interval":
+        return in_order(self, ("lower", "upper"), strict=True)
 
     def check(self, weight: Shaped) -> None:
         check_dtype(weight, complex_for="Interval")
