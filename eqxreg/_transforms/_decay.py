@@ -1,24 +1,35 @@
 """Decay: what is added to an update because of where a weight is.
 
 Each of these is a rate and a direction, which is a function of a weight and its update.
-`_decay` is given both and hands their product to `optax.add_decayed_weights`.
+`_Decay` is given both and adds their product.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Int, PyTree
 
-from .._norms import widen
 from .._rates import check_rate, product, rate_at
-from .._select import require_selection, require_sites, trainable
+from .._select import trainable
 from .._sites import Site
-from ._params import check_params, following
+from ._params import (
+    by_path,
+    check_params,
+    emitted_dtype,
+    following,
+    is_placeholder,
+    paired,
+    recorded,
+    selected,
+    together,
+    with_selected,
+)
 
 
 class DecayState(NamedTuple):
@@ -26,9 +37,9 @@ class DecayState(NamedTuple):
 
     step: Int[Array, ""]
     """How many updates there were, for schedules."""
-    inner: optax.OptState
-    references: tuple[Array, ...] = ()
-    """What each selected weight is drawn to, if that is not zero."""
+    references: PyTree = ()
+    """What each selected weight is drawn to, if that is not zero: a tree of the
+    structure of the parameters."""
 
 
 def weight_decay(rate: Any, mask: Any = None) -> optax.GradientTransformation:
@@ -94,8 +105,7 @@ def sign_decay(rate: Any, mask: Any = None) -> optax.GradientTransformation:
 
     - As [`eqxreg.weight_decay`][] does.
     """
-    sign = lambda weight, update: jnp.sign(weight)
-    return _decay(check_rate(rate, "rate"), sign, mask, "sign_decay")
+    return _decay(check_rate(rate, "rate"), _sign, mask, "sign_decay")
 
 
 def decay_towards(
@@ -142,8 +152,7 @@ def decay_towards(
         Networks](https://arxiv.org/abs/1802.01483), Li, Grandvalet and Davoine.
     """
     rate = check_rate(rate, "rate")
-    leaves, _ = jtu.tree_flatten_with_path(reference)
-    arrays = {path: leaf for path, leaf in leaves if eqx.is_inexact_array(leaf)}
+    arrays = eqx.filter(reference, eqx.is_inexact_array)
     return _decay(rate, _itself, mask, "decay_towards", arrays)
 
 
@@ -186,14 +195,8 @@ def cautious_weight_decay(rate: Any, mask: Any = None) -> optax.GradientTransfor
 
         [Cautious Weight Decay](https://arxiv.org/abs/2510.12402), Chen et al., 2025.
     """
-
-    def agreeing(weight: Array, update: Array) -> Array:
-        # Of complex numbers, the real part says whether the step shrinks the weight.
-        agrees = jnp.real(jnp.conj(update) * weight) >= 0
-        return jnp.where(agrees, weight, 0)
-
     name = "cautious_weight_decay"
-    return _decay(check_rate(rate, "rate"), agreeing, mask, name)
+    return _decay(check_rate(rate, "rate"), _agreeing, mask, name)
 
 
 def corrected_weight_decay(
@@ -291,12 +294,28 @@ def independent_weight_decay(
     """
     rate = _relative_to_peak(rate, learning_rate, peak_learning_rate)
     name = "independent_weight_decay"
-    return _decay(rate, lambda weight, update: -weight, mask, name)
+    return _decay(rate, _reversed, mask, name)
 
 
 def _itself(weight: Array, update: Array) -> Array:
     del update
     return weight
+
+
+def _reversed(weight: Array, update: Array) -> Array:
+    del update
+    return -weight
+
+
+def _sign(weight: Array, update: Array) -> Array:
+    del update
+    return jnp.sign(weight)
+
+
+def _agreeing(weight: Array, update: Array) -> Array:
+    # Of complex numbers, the real part says whether the step shrinks the weight.
+    agrees = jnp.real(jnp.conj(update) * weight) >= 0
+    return jnp.where(agrees, weight, 0)
 
 
 def _relative_to_peak(rate: Any, learning_rate: Any, peak: Any) -> Any:
@@ -319,50 +338,56 @@ def _decay(
     direction: Callable[[Array, Array], Array],
     mask: Any,
     name: str,
-    references: dict[Any, Array] | None = None,
+    reference: PyTree = None,
 ) -> optax.GradientTransformation:
-    """Adds `rate * direction(weight, update)`; the weight counts from its reference, if
-    there are any."""
     where = trainable if mask is None else mask
-
-    def selected(params: PyTree) -> PyTree:
-        chosen = require_selection(where, params, "mask")
-        return jax.tree.unflatten(jax.tree.structure(params), chosen)
-
-    # Optax adds one times what we make of the weights, in the dtype of each.
-    inner = optax.add_decayed_weights(1.0, mask=selected)
-
-    def init(params):
-        kept = ()
-        if references is not None:
-            found = require_sites(where, params, "mask")
-            kept = tuple(_reference(references, site) for _, site in found)
-        return DecayState(jnp.zeros((), jnp.int32), inner.init(params), kept)
-
-    def update(updates, state, params=None):
-        check_params(params, name)
-
-        def decayed(param: Array, update: Array) -> Array:
-            wide = direction(widen(param), widen(update))
-            now = rate_at(rate, state.step, wide.dtype)
-            return (now * wide).astype(update.dtype)
-
-        from_reference = params
-        if references is not None:
-            leaves, structure = jax.tree.flatten(params)
-            kept = iter(state.references)
-            for i, site in require_sites(where, params, "mask"):
-                leaves[i] = widen(site.leaf) - widen(next(kept))
-            from_reference = structure.unflatten(leaves)
-        decay = jax.tree.map(decayed, from_reference, updates)
-        updates, inner_state = inner.update(updates, state.inner, decay)
-        return updates, DecayState(following(state.step), inner_state, state.references)
-
-    return optax.GradientTransformation(init, update)
+    decay = _Decay(rate, direction, where, name, reference)
+    return optax.GradientTransformation(decay.init, decay.update)
 
 
-def _reference(references: dict[Any, Array], site: Site) -> Array:
-    reference, param = references.get(site.entries), site.leaf
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Decay:
+    """Adds `rate * direction(weight, update)`; the weight counts from its reference, if
+    there is one. What Optax's `add_decayed_weights` adds is `rate * weight`."""
+
+    # A class, and not two closures, so that the transform can be pickled.
+    rate: Any
+    direction: Callable[[Array, Array], Array]
+    mask: Any
+    name: str
+    reference: PyTree
+
+    def init(self, params: PyTree) -> DecayState:
+        step = jnp.zeros((), jnp.int32)
+        if is_placeholder(params):
+            return DecayState(step, () if self.reference is None else params)
+        found = selected(self.mask, params)
+        if self.reference is None:
+            return DecayState(step)
+        references = by_path(self.reference)
+        kept = {site.path: _reference(references, site) for site in found}
+        return DecayState(step, with_selected(kept, params))
+
+    def update(
+        self, updates: PyTree, state: Any, params: PyTree = None
+    ) -> tuple[PyTree, DecayState]:
+        check_params(params, self.name)
+        leaves, structure, found = paired(updates, params, self.mask)
+        references = by_path(state.references)
+        for i, site in found:
+            dtype = emitted_dtype(site.leaf, leaves[i])
+            weight, update = together(site.leaf, leaves[i])
+            if self.reference is not None:
+                weight = weight - recorded(references, site).astype(weight.dtype)
+            now = rate_at(self.rate, state.step, weight.dtype)
+            decay = now * self.direction(weight, update)
+            leaves[i] = (update + decay).astype(dtype)
+        following_state = DecayState(following(state.step), state.references)
+        return structure.unflatten(leaves), following_state
+
+
+def _reference(references: dict[str, Array], site: Site) -> Array:
+    reference, param = references.get(site.path), site.leaf
     if reference is None or reference.shape != param.shape:
         there = "none" if reference is None else f"one of shape {reference.shape}"
         raise ValueError(
@@ -371,4 +396,7 @@ def _reference(references: dict[Any, Array], site: Site) -> Array:
             "this array out of `mask`."
         )
     # The optimiser's state may be donated, the reference may not.
-    return jnp.array(reference, dtype=param.dtype, copy=True)
+    copy = jnp.array(reference, dtype=param.dtype, copy=True)
+    if isinstance(param, jax.Array) and not isinstance(param, Tracer):
+        return jax.device_put(copy, param.sharding)
+    return copy
