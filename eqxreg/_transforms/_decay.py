@@ -378,7 +378,8 @@ class _Decay:
             dtype = emitted_dtype(site.leaf, leaves[i])
             weight, update = together(site.leaf, leaves[i])
             if self.reference is not None:
-                weight = weight - recorded(references, site).astype(weight.dtype)
+                reference = recorded(references.get(site.path), site, site.leaf)
+                weight = weight - reference.astype(weight.dtype)
             now = rate_at(self.rate, state.step, weight.dtype)
             decay = now * self.direction(weight, update)
             leaves[i] = (update + decay).astype(dtype)
@@ -386,7 +387,7 @@ class _Decay:
         return structure.unflatten(leaves), following_state
 
 
-def _reference(references: dict[str, Array], site: Site) -> Array:
+def _reference(references: dict[str, Any], site: Site) -> Array:
     reference, param = references.get(site.path), site.leaf
     if reference is None or reference.shape != param.shape:
         there = "none" if reference is None else f"one of shape {reference.shape}"

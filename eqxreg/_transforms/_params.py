@@ -89,16 +89,22 @@ def by_path(tree: PyTree) -> dict[str, Any]:
 
 
 def replaced(tree: PyTree, values: dict[str, Array]) -> PyTree:
-    """`tree` with other values in some of its paths."""
-    new = lambda path, leaf: values.get(jtu.keystr(path), leaf)
+    """`tree` with other values in some of its paths, of the dtypes that it has."""
+
+    def new(path: Any, leaf: Array) -> Array:
+        value = values.get(jtu.keystr(path))
+        return leaf if value is None else value.astype(leaf.dtype)
+
     return jtu.tree_map_with_path(new, tree)
 
 
-def recorded(kept: dict[str, Any], site: Site, shapes: PyTree = None) -> Any:
-    """What the state has for a weight, or an error if it is none of these shapes.
-    Defaults to the shape of the weight."""
-    value = kept.get(site.path)
-    shapes = site.leaf if shapes is None else shapes
+def as_in(tree: PyTree, other: PyTree) -> PyTree:
+    """`tree` with the dtypes of `other`. A state may have been cast."""
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, other)
+
+
+def recorded(value: Any, site: Site, shapes: PyTree) -> Any:
+    """What the state has for a weight, or an error if that is not of these shapes."""
     shapes_of = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
     if shapes_of(value) != shapes_of(shapes):
         raise ValueError(

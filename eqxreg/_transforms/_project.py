@@ -17,6 +17,7 @@ from .._norms import anywhere, per_layer, widen
 from .._select import check_sites, weights
 from .._sites import Site
 from ._params import (
+    as_in,
     by_path,
     change,
     check_params,
@@ -43,8 +44,8 @@ class ProjectState(NamedTuple):
     step: Int[Array, ""]
     """How many updates there were."""
     carried: dict[str, PyTree]
-    """What the next projection of each weight starts from, by its path. For most maps
-    that is nothing, and they have no entry."""
+    """What the next projection of each weight starts from, by its path and shape. For
+    most maps that is nothing, and they have no entry."""
     reactions: PyTree = ()
     """What projections have taken off the momentum, as updates, unless that is kept: a
     tree of the structure of the parameters."""
@@ -156,10 +157,10 @@ class _Project:
             none = {site.path: jnp.zeros_like(widen(site.leaf)) for site in found}
             reactions = with_selected(none, params)
         starts = {
-            site.path: eqx.filter_jit(per_layer)(p._start, site.leaf, site.rank)
+            _key(site): eqx.filter_jit(per_layer)(p._start, site.leaf, site.rank)
             for site in found
         }
-        carried = {path: start for path, start in starts.items() if _has_leaves(start)}
+        carried = {key: start for key, start in starts.items() if _has_leaves(start)}
         return ProjectState(first, carried, reactions)
 
     def update(
@@ -174,7 +175,7 @@ class _Project:
             step = leaves[i].astype(emitted_dtype(site.leaf, leaves[i]))
             reaction = None
             if self.is_tangent:
-                reaction = recorded(kept, site)
+                reaction = recorded(kept.get(site.path), site, site.leaf)
                 reaction, step = together(reaction, leaves[i])
                 step = step - reaction
             moving.append(_Moving(step, _carried(p, state, site), reaction))
@@ -205,8 +206,8 @@ class _Project:
         carried, reactions = dict(state.carried), {}
         for (i, site), now in zip(found, moving, strict=True):
             leaves[i] = now.step.astype(emitted_dtype(site.leaf, leaves[i]))
-            if site.path in carried:
-                carried[site.path] = now.start
+            if _key(site) in carried:
+                carried[_key(site)] = as_in(now.start, carried[_key(site)])
             if now.reaction is not None:
                 reactions[site.path] = self.b1 * now.reaction
         reactions = replaced(state.reactions, reactions)
@@ -225,7 +226,15 @@ def _carried(p: Projection, state: ProjectState, site: Site) -> PyTree:
     """What the projection of a weight starts from, which for most maps is nothing."""
     start = lambda leaf: per_layer(p._start, leaf, site.rank)
     needed = jax.eval_shape(start, site.leaf)
-    return recorded(state.carried, site, needed) if _has_leaves(needed) else needed
+    if not _has_leaves(needed):
+        return needed
+    return as_in(recorded(state.carried.get(_key(site)), site, needed), needed)
+
+
+def _key(site: Site) -> str:
+    """What is carried for a weight is under its path and, for what is carried may be of
+    the same shape for weights of different ones, its shape."""
+    return f"{site.path}: {site.leaf.shape}"
 
 
 def _has_leaves(tree: PyTree) -> bool:
