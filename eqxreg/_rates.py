@@ -50,7 +50,7 @@ def as_float(number: Any) -> float:
     try:
         return float(number)
     except OverflowError:
-        return math.copysign(math.inf, number)
+        return math.inf if number > 0 else -math.inf
 
 
 def rate_at(rate: Any, step: Int[Array, ""], dtype) -> Array:
