@@ -52,6 +52,12 @@ def weight_decay(rate: Any, mask: Any = None) -> optax.GradientTransformation:
     optax.scale_by_learning_rate(1e-3))`. For complex weights, conjugate the gradients
     of JAX first, as for every transform of Optax.
 
+    !!! warning
+
+        After the learning rate it makes weights *grow*: there, updates are what is
+        added to the weights, and have the sign of a step. For decay that does not
+        depend on the learning rate use [`eqxreg.independent_weight_decay`][].
+
     Under a wrapper it is the raw weight that decays. What that does is told by
     [`eqxreg.scale_invariant`][].
 
@@ -64,12 +70,16 @@ def weight_decay(rate: Any, mask: Any = None) -> optax.GradientTransformation:
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype.
+    An `optax.GradientTransformation`. Updates keep their dtype, unless that cannot hold
+    the weight: updates in bfloat16 of weights in float32 become updates in float32, as
+    with `optax.add_decayed_weights`.
 
     **Raises:**
 
-    - `ValueError`: if `rate` is negative; in `init`, if `mask` selects nothing; in
-        `update`, if there are no `params`.
+    - `ValueError`: if `rate` is negative or not finite, or a schedule gives that; in
+        `init`, if `mask` selects nothing; in `update`, if there are no `params`, or
+        `updates`, `params` and `mask` are not of the same arrays. What is traced raises
+        when it is known, by `eqx.error_if`.
 
     !!! example
 
@@ -99,7 +109,7 @@ def sign_decay(rate: Any, mask: Any = None) -> optax.GradientTransformation:
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype.
+    An `optax.GradientTransformation`, with updates as in [`eqxreg.weight_decay`][].
 
     **Raises:**
 
@@ -121,17 +131,18 @@ def decay_towards(
 
     - `reference`: the model with the weights $w_0$, or any tree that has an array of
         the right shape wherever the parameters have a selected one. The optimiser's
-        state keeps a copy of these arrays.
+        state keeps a copy of these arrays, where the parameters are.
     - `rate`, `mask`: as in [`eqxreg.weight_decay`][].
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype.
+    An `optax.GradientTransformation`, with updates as in [`eqxreg.weight_decay`][].
 
     **Raises:**
 
-    - `ValueError`: as [`eqxreg.weight_decay`][] does; and in `init`, if the reference
-        lacks a selected array, or has it in another shape.
+    - `ValueError`: as [`eqxreg.weight_decay`][] does; in `init`, if the reference lacks
+        a selected array, or has it in another shape; and in `update`, if `state` lacks
+        it, for it was made before the array was thawed, say.
 
     !!! example
 
@@ -173,7 +184,7 @@ def cautious_weight_decay(rate: Any, mask: Any = None) -> optax.GradientTransfor
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype.
+    An `optax.GradientTransformation`, with updates as in [`eqxreg.weight_decay`][].
 
     **Raises:**
 
@@ -230,7 +241,7 @@ def corrected_weight_decay(
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype.
+    An `optax.GradientTransformation`, with updates as in [`eqxreg.weight_decay`][].
 
     **Raises:**
 
@@ -269,7 +280,7 @@ def independent_weight_decay(
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype.
+    An `optax.GradientTransformation`, with updates as in [`eqxreg.weight_decay`][].
 
     **Raises:**
 

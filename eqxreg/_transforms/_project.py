@@ -67,8 +67,12 @@ def project(
     Between projections, weights may leave the set. So may they by rounding: what is
     emitted is an update, and $w + (p(w + u) - w)$ is $p(w + u)$ only up to the
     precision of the weight. In float32 that is less than what maps stay short of their
-    bounds by, unless the update is much larger than the bound. After training,
-    [`eqxreg.project_params`][] is exact.
+    bounds by, unless the update is much larger than the bound. Zeros are exact, and no
+    entry passes zero. After training, [`eqxreg.project_params`][] is exact.
+
+    A line search, as in `optax.lbfgs`, evaluates the loss along its own step and knows
+    nothing of a projection that follows: together they end at a wrong point. There, use
+    a wrapper, such as [`eqxreg.constrain`][] makes.
 
     **Momentum.** The optimiser before this one does not know of the set. At its
     boundary, momentum that points outwards builds up, is projected away in each step,
@@ -76,17 +80,19 @@ def project(
     has turned. With `momentum="tangent"` the part that a projection takes off, $n = w +
     u - p(w + u)$, is taken off the momentum too: what it would add to later updates,
     $\beta_1 n, \beta_1^2 n, \ldots$, is subtracted from them. For `optax.sgd(...,
-    momentum=b1)` this is as if the velocity itself had lost $n$. For Adam and its kind
-    it is up to how much their scaling changes within $1 / (1 - \beta_1)$ steps. It
+    momentum=b1)` this is as if the velocity itself had lost $n$; with `nesterov=True`
+    it is not, for there the velocity has another share in the update. For Adam and its
+    kind it is up to how much their scaling changes within $1 / (1 - \beta_1)$ steps. It
     costs the memory of one more copy of the selected weights.
 
     **Arguments:**
 
     - `projection`: the map, such as [`eqxreg.MaxNorm`][]. Its bounds may be Optax
-        schedules; they are given the number of this update, from 1.
+        schedules of the step, which is 0 at the first update, as everywhere in Optax.
         [`eqxreg.Relative`][] measures them in units of each weight's initial norm.
     - `every`: the number of updates from one projection to the next; others cost
-        nothing. Defaults to 1.
+        nothing. With `every=k` it is the k-th update that projects first. Defaults to
+        1.
     - `mask`: which weights: a selector, a function to a tree of booleans, or such a
         tree. Defaults to [`eqxreg.weights`][].
     - `momentum`: `"keep"` to leave the momentum as it is, or `"tangent"`. Defaults to
@@ -96,15 +102,18 @@ def project(
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype. Layers that are stacked
-    are projected one by one.
+    An `optax.GradientTransformation`. Updates keep their dtype, unless that cannot hold
+    the weight: updates in bfloat16 of weights in float32 become updates in float32.
+    Layers that are stacked are projected one by one.
 
     **Raises:**
 
     - `TypeError`: if `projection` is not an [`eqxreg.Projection`][].
     - `ValueError`: if `every` is not a positive int, `momentum` is none of the above or
         `b1` is not in [0, 1); in `init`, if `mask` selects nothing; in `update`, if
-        there are no `params`.
+        there are no `params`, or `updates`, `params`, `mask` and `state` are not of the
+        same arrays, or a schedule gives what would be no bound as a number. What is
+        traced raises when it is known, by `eqx.error_if`.
 
     !!! example
 

@@ -61,6 +61,16 @@ def soft_threshold(
     steps of entries differ in size, and the threshold does not; the zeros are those of
     another problem.
 
+    The threshold of one step is the *product* of the two rates, and an entry becomes
+    zero where the steps of the optimiser are no longer than that. With SGD a step is
+    the learning rate times a gradient, so that `rate` is compared to gradients. With
+    Adam a step is about the learning rate itself, so that `rate` is compared to 1, and
+    has to be hundreds of times that for SGD.
+
+    What scales steps after the learning rate, such as
+    `optax.contrib.reduce_on_plateau`, must come after this, and not before, so that it
+    scales the threshold too. While it does, zeros are come near to and not reached.
+
     **Arguments:**
 
     - `rate`: the factor $\lambda$ of the penalty: a non-negative number, a scalar array
@@ -73,13 +83,15 @@ def soft_threshold(
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype; zeros are exact in all
-    of them.
+    An `optax.GradientTransformation`. Updates keep their dtype, unless that cannot hold
+    the weight, as in [`eqxreg.project`][]; zeros are exact in all of them.
 
     **Raises:**
 
-    - `ValueError`: if `rate` or `learning_rate` is negative; in `init`, if `mask`
-        selects nothing; in `update`, if there are no `params`.
+    - `ValueError`: if `rate` or `learning_rate` is negative or not finite, or a
+        schedule gives that; in `init`, if `mask` selects nothing; in `update`, if there
+        are no `params`, or `updates`, `params` and `mask` are not of the same arrays.
+        What is traced raises when it is known, by `eqx.error_if`.
 
     !!! example
 
@@ -126,8 +138,8 @@ def group_soft_threshold(
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype; zeros are exact in all
-    of them.
+    An `optax.GradientTransformation`. Updates keep their dtype, unless that cannot hold
+    the weight, as in [`eqxreg.project`][]; zeros are exact in all of them.
 
     **Raises:**
 
@@ -182,8 +194,8 @@ def elastic_net_prox(
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype; zeros are exact in all
-    of them.
+    An `optax.GradientTransformation`. Updates keep their dtype, unless that cannot hold
+    the weight, as in [`eqxreg.project`][]; zeros are exact in all of them.
 
     **Raises:**
 
