@@ -117,8 +117,8 @@ def elastic_net_penalty(
 
     A real scalar of the dtype of the tree; zero if nothing is selected.
     """
-    absolute = l1_penalty(tree, l1, where, effective=effective)
-    return absolute + l2_penalty(tree, l2, where, effective=effective)
+    absolute = _penalty(_magnitudes, tree, l1, where, effective, "l1")
+    return absolute + _penalty(_half_squares, tree, l2, where, effective, "l2")
 
 
 def distance_penalty(
@@ -361,9 +361,14 @@ def _mean_cosine(matrices: Inexact[Array, "blocks m n"]) -> Array:
 
 
 def _penalty(
-    fn: Callable[[Array], Array], tree: PyTree, rate: Any, where: Any, effective: bool
+    fn: Callable[[Array], Array],
+    tree: PyTree,
+    rate: Any,
+    where: Any,
+    effective: bool,
+    name: str = "rate",
 ) -> Float[Array, ""]:
-    rate = check_rate(rate, "rate", schedules=False)
+    rate = check_rate(rate, name, schedules=False)
     chosen = chosen_leaves(where, tree)
     if effective:
         tree, chosen = bake_with(tree, chosen)

@@ -270,7 +270,7 @@ def test_a_bound_may_follow_a_schedule():
     params = {"weight": jnp.full(4, 10.0)}
     state = projection.init(params)
     update = jit(projection.update)
-    for expected in (3.0, 2.0, 1.0, 1.0):
+    for expected in (4.0, 3.0, 2.0, 1.0, 1.0):
         updates, state = update({"weight": jnp.zeros(4)}, state, params)
         norm = jnp.linalg.norm(optax.apply_updates(params, updates)["weight"])
         np.testing.assert_allclose(norm, expected, rtol=1e-5)

@@ -274,7 +274,7 @@ def test_a_relative_bound_may_follow_a_schedule():
     params = {"weight": jnp.asarray([0.6, 0.8])}
     state = projection.init(params)
     update = jit(projection.update)
-    for expected in (1.5, 1.0, 1.0):
+    for expected in (2.0, 1.5, 1.0, 1.0):
         large = jax.tree.map(lambda w: 10 * w, params)
         updates, state = update(large, state, params)
         norm = jnp.linalg.norm(optax.apply_updates(params, updates)["weight"])

@@ -5,6 +5,7 @@ here: how bounds are checked, stored and read, and how a distance to a set is me
 """
 
 import abc
+import dataclasses
 import decimal
 import fractions
 import math
@@ -29,21 +30,36 @@ class Number(float):
     `jax.grad` nor `lax.scan` over stacked layers meets it."""
 
 
-@jax.tree_util.register_static
-class Schedule:
-    """A bound as a function of the step; `project` evaluates it."""
+@dataclasses.dataclass(frozen=True)
+class Requirement:
+    """What a bound has to be: the arguments of `check_bound` but the first."""
 
-    def __init__(self, fn: Callable[[Any], Any]):
-        self.fn = fn
+    name: str
+    minimum: float | int
+    strict: bool
+    several: bool
+    finite: bool
+    toward: float | None
+    hint: str
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, repr=False)
+class Schedule:
+    """A bound as a function of the step; `project` evaluates it, and checks what it
+    gives as it would a number."""
+
+    fn: Callable[[Any], Any]
+    requirement: Requirement | None = None
 
     def __call__(self, step: Int[Array, ""]) -> Array:
-        return jnp.asarray(self.fn(step))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Schedule) and self.fn == other.fn
-
-    def __hash__(self) -> int:
-        return hash(self.fn)
+        now = self.fn(step)
+        need = self.requirement
+        if need is not None:
+            now = check_bound(now, **dataclasses.asdict(need))
+        if isinstance(now, Schedule):
+            raise TypeError(f"{self!r} must give numbers, and gives {now!r}.")
+        return jnp.asarray(value_of(now))
 
     def __repr__(self) -> str:
         return f"<schedule {getattr(self.fn, '__name__', self.fn)}>"
@@ -91,7 +107,10 @@ def check_bound(
     """
     value = value_of(value)
     if callable(value) and not isinstance(value, (jax.Array, np.ndarray, np.generic)):
-        return value if isinstance(value, Schedule) else Schedule(value)
+        if isinstance(value, Schedule):
+            return value
+        need = Requirement(name, minimum, strict, several, finite, toward, hint)
+        return Schedule(value, need)
     check_real(value, name, several=several)
     finite = finite or math.isfinite(minimum)
     need = _requirement(minimum, strict, finite)
@@ -156,12 +175,20 @@ def _is_fine(value: Any, minimum: float | int, strict: bool, finite: bool) -> An
     return above & (abs(value) < math.inf) if finite else above
 
 
-def check_order(lower: Any, upper: Any, names: tuple[str, str], *, strict: bool):
-    """Raises if two bounds, as they were given and as far as they are known, are in the
-    wrong order or of shapes that do not fit each other."""
-    lower, upper = value_of(lower), value_of(upper)
-    if callable(lower) or callable(upper):
-        return
+def check_order(
+    given: tuple[Any, Any],
+    stored: tuple[StoredBound, StoredBound],
+    names: tuple[str, str],
+    *,
+    strict: bool,
+) -> tuple[StoredBound, StoredBound]:
+    """Two bounds as they are `stored`, after checking that they were `given` in order
+    and of shapes that fit each other: now, or when they are known. Schedules are
+    checked when they are evaluated."""
+    if any(isinstance(bound, Schedule) for bound in stored):
+        return stored
+    relation = "less than" if strict else "at most"
+    lower, upper = map(value_of, given)
     low_shape, high_shape = np.shape(lower), np.shape(upper)
     try:
         np.broadcast_shapes(low_shape, high_shape)
@@ -171,18 +198,30 @@ def check_order(lower: Any, upper: Any, names: tuple[str, str], *, strict: bool)
             f"other, got {low_shape} and {high_shape}."
         ) from None
     if isinstance(lower, Tracer) or isinstance(upper, Tracer):
-        return
+        low, high = jnp.broadcast_arrays(
+            jnp.asarray(lower).astype(float), jnp.asarray(upper).astype(float)
+        )
+        crossed = jnp.any(low >= high if strict else low > high)
+        message = f"`{names[0]}` must be {relation} `{names[1]}`."
+        return eqx.error_if(stored, crossed, message)
     low, high = np.broadcast_arrays(
         np.asarray(lower, np.float64), np.asarray(upper, np.float64)
     )
     wrong = low >= high if strict else low > high
     if np.any(wrong):
-        relation = "less than" if strict else "at most"
         raise ValueError(
             f"`{names[0]}` must be {relation} `{names[1]}`, got "
             f"`{names[0]}={low[wrong].flat[0]}` and "
             f"`{names[1]}={high[wrong].flat[0]}`."
         )
+    return stored
+
+
+def in_order(p: _Map, names: tuple[str, str], *, strict: bool) -> _Map:
+    """`p`, after `check_order` of two of its bounds."""
+    find = lambda p: tuple(getattr(p, name) for name in names)
+    both = check_order(find(p), find(p), names, strict=strict)
+    return eqx.tree_at(find, p, both, is_leaf=lambda x: isinstance(x, Number))
 
 
 def check_broadcasts(name: str, shape: tuple[int, ...], weight: Shaped) -> None:
@@ -449,11 +488,22 @@ class Parametrization(eqx.Module):
 
         The map, with a scalar array for each bound that was a schedule.
         """
-        return jax.tree.map(
-            lambda node: node(step) if _is_schedule(node) else node,
-            self,
-            is_leaf=_is_schedule,
-        )
+        if not has_schedule(self):
+            return self
+        inner = lambda node: isinstance(node, Parametrization) and node is not self
+
+        def evaluated(node: Any) -> Any:
+            if _is_schedule(node):
+                return node(step)
+            return node.at(step) if inner(node) else node
+
+        is_leaf = lambda node: _is_schedule(node) or inner(node)
+        return jax.tree.map(evaluated, self, is_leaf=is_leaf)._in_order()
+
+    def _in_order(self: _Map) -> _Map:
+        """This map, after checking that its bounds are in order, now that schedules
+        are evaluated."""
+        return self
 
 
 class Projection(Parametrization):

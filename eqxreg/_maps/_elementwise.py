@@ -24,6 +24,7 @@ from ._base import (
     check_dtype,
     check_order,
     check_values,
+    in_order,
     share,
 )
 
@@ -123,9 +124,15 @@ class Box(Projection):
         - `ValueError`: if a bound is NaN, `lower > upper`, or, when called, if the
             shape of a bound does not broadcast to that of the weight.
         """
-        self.lower = check_bound(lower, "lower", several=True, toward=math.inf)
-        self.upper = check_bound(upper, "upper", several=True, toward=-math.inf)
-        check_order(lower, upper, ("lower", "upper"), strict=False)
+        given, names = (lower, upper), ("lower", "upper")
+        stored = (
+            check_bound(lower, "lower", several=True, toward=math.inf),
+            check_bound(upper, "upper", several=True, toward=-math.inf),
+        )
+        self.lower, self.upper = check_order(given, stored, names, strict=False)
+
+    def _in_order(self) -> "Box":
+        return in_order(self, ("lower", "upper"), strict=False)
 
     def check(self, weight: Shaped) -> None:
         _check_bounded(self, weight)
@@ -270,9 +277,15 @@ class Interval(Parametrization):
         """
         hint = "For one bound only, shift `eqxreg.Positive`."
         check = ft.partial(check_bound, several=True, finite=True, hint=hint)
-        self.lower = check(lower, "lower", toward=math.inf)
-        self.upper = check(upper, "upper", toward=-math.inf)
-        check_order(lower, upper, ("lower", "upper"), strict=True)
+        given, names = (lower, upper), ("lower", "upper")
+        stored = (
+            check(lower, "lower", toward=math.inf),
+            check(upper, "upper", toward=-math.inf),
+        )
+        self.lower, self.upper = check_order(given, stored, names, strict=True)
+
+    def _in_order(self) -> "Interval":
+        return in_order(self, ("lower", "upper"), strict=True)
 
     def check(self, weight: Shaped) -> None:
         _check_bounded(self, weight)

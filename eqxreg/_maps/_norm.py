@@ -34,6 +34,7 @@ from ._base import (
     check_bound,
     check_dtype,
     check_order,
+    in_order,
 )
 from ._elementwise import clip
 from ._factored import Factored, is_factorable
@@ -214,14 +215,19 @@ class MinMaxNorm(_NormMap):
         - `ValueError`: if a bound is out of range, `min_norm > max_norm`, `rate` is not
             in (0, 1], or `axis` is unknown.
         """
-        self.min_norm = check_bound(min_norm, "min_norm", minimum=0)
-        self.max_norm = check_bound(max_norm, "max_norm", minimum=0, strict=True)
-        names = ("min_norm", "max_norm")
-        check_order(min_norm, max_norm, names, strict=False)
+        given, names = (min_norm, max_norm), ("min_norm", "max_norm")
+        stored = (
+            check_bound(min_norm, "min_norm", minimum=0),
+            check_bound(max_norm, "max_norm", minimum=0, strict=True),
+        )
+        self.min_norm, self.max_norm = check_order(given, stored, names, strict=False)
         if not isinstance(rate, int | float | np.number) or not 0 < rate <= 1:
             raise ValueError(f"`rate` must be in (0, 1], got {rate!r}.")
         self.rate = float(rate)
         self.axis = check_axis(axis)
+
+    def _in_order(self) -> "MinMaxNorm":
+        return in_order(self, ("min_norm", "max_norm"), strict=False)
 
     def _plan(self, dtype) -> tuple[Callable[..., Plan], tuple[Array, ...]]:
         wide = wide_dtype(dtype)

@@ -391,7 +391,8 @@ class SpectralCap(MatrixProjection):
             top = self._scaling.top(weight, WARM_LANCZOS, start)
             bound = bound_value(self.cap, top.value.dtype)
             near = anywhere(jnp.any(~(top.value < 0.9 * bound)))
-            weight = lax.cond(near, self, lambda w: w, weight)
+            # Not `self`, which has no hash if its bound is traced.
+            weight = lax.cond(near, lambda w: self(w), lambda w: w, weight)
             return weight, jax.vmap(next_start)(top, start)
 
         return automatically_sharded(step, weight, start)

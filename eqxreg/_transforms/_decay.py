@@ -1,34 +1,20 @@
 """Decay: what is added to an update because of where a weight is.
 
 Each of these is a rate and a direction, which is a function of a weight and its update.
-`_decay` is given both and hands their product to `optax.add_decayed_weights`.
+`Decay` is given both and adds their product.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, PyTree
 
-from .._norms import widen
-from .._rates import check_rate, product, rate_at
-from .._select import require_selection, require_sites, trainable
-from .._sites import Site
-from ._params import check_params, following
-
-
-class DecayState(NamedTuple):
-    """The state of decay."""
-
-    step: Int[Array, ""]
-    """How many updates there were, for schedules."""
-    inner: optax.OptState
-    references: tuple[Array, ...] = ()
-    """What each selected weight is drawn to, if that is not zero."""
+from .._rates import check_rate, product
+from .._select import trainable
+from ._adding import Decay
 
 
 def weight_decay(rate: Any, mask: Any = None) -> optax.GradientTransformation:
@@ -40,6 +26,12 @@ def weight_decay(rate: Any, mask: Any = None) -> optax.GradientTransformation:
     `optax.chain(optax.scale_by_adam(), weight_decay(1e-2),
     optax.scale_by_learning_rate(1e-3))`. For complex weights, conjugate the gradients
     of JAX first, as for every transform of Optax.
+
+    !!! warning
+
+        After the learning rate it makes weights *grow*: there, updates are what is
+        added to the weights, and have the sign of a step. For decay that does not
+        depend on the learning rate use [`eqxreg.independent_weight_decay`][].
 
     Under a wrapper it is the raw weight that decays. What that does is told by
     [`eqxreg.scale_invariant`][].
@@ -53,12 +45,16 @@ def weight_decay(rate: Any, mask: Any = None) -> optax.GradientTransformation:
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype.
+    An `optax.GradientTransformation`. Updates keep their dtype, unless that cannot hold
+    the weight: updates in bfloat16 of weights in float32 become updates in float32, as
+    with `optax.add_decayed_weights`.
 
     **Raises:**
 
-    - `ValueError`: if `rate` is negative; in `init`, if `mask` selects nothing; in
-        `update`, if there are no `params`.
+    - `ValueError`: if `rate` is negative or not finite, or a schedule gives that; in
+        `init`, if `mask` selects nothing; in `update`, if there are no `params`, or
+        `updates`, `params` and `mask` are not of the same arrays. What is traced raises
+        when it is known, by `eqx.error_if`.
 
     !!! example
 
@@ -88,14 +84,13 @@ def sign_decay(rate: Any, mask: Any = None) -> optax.GradientTransformation:
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype.
+    An `optax.GradientTransformation`, with updates as in [`eqxreg.weight_decay`][].
 
     **Raises:**
 
     - As [`eqxreg.weight_decay`][] does.
     """
-    sign = lambda weight, update: jnp.sign(weight)
-    return _decay(check_rate(rate, "rate"), sign, mask, "sign_decay")
+    return _decay(check_rate(rate, "rate"), _sign, mask, "sign_decay")
 
 
 def decay_towards(
@@ -111,17 +106,18 @@ def decay_towards(
 
     - `reference`: the model with the weights $w_0$, or any tree that has an array of
         the right shape wherever the parameters have a selected one. The optimiser's
-        state keeps a copy of these arrays.
+        state keeps a copy of these arrays, where the parameters are.
     - `rate`, `mask`: as in [`eqxreg.weight_decay`][].
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype.
+    An `optax.GradientTransformation`, with updates as in [`eqxreg.weight_decay`][].
 
     **Raises:**
 
-    - `ValueError`: as [`eqxreg.weight_decay`][] does; and in `init`, if the reference
-        lacks a selected array, or has it in another shape.
+    - `ValueError`: as [`eqxreg.weight_decay`][] does; in `init`, if the reference lacks
+        a selected array, or has it in another shape; and in `update`, if `state` lacks
+        it, for it was made before the array was thawed, say.
 
     !!! example
 
@@ -142,8 +138,7 @@ def decay_towards(
         Networks](https://arxiv.org/abs/1802.01483), Li, Grandvalet and Davoine.
     """
     rate = check_rate(rate, "rate")
-    leaves, _ = jtu.tree_flatten_with_path(reference)
-    arrays = {path: leaf for path, leaf in leaves if eqx.is_inexact_array(leaf)}
+    arrays = eqx.filter(reference, eqx.is_inexact_array)
     return _decay(rate, _itself, mask, "decay_towards", arrays)
 
 
@@ -164,7 +159,7 @@ def cautious_weight_decay(rate: Any, mask: Any = None) -> optax.GradientTransfor
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype.
+    An `optax.GradientTransformation`, with updates as in [`eqxreg.weight_decay`][].
 
     **Raises:**
 
@@ -186,14 +181,8 @@ def cautious_weight_decay(rate: Any, mask: Any = None) -> optax.GradientTransfor
 
         [Cautious Weight Decay](https://arxiv.org/abs/2510.12402), Chen et al., 2025.
     """
-
-    def agreeing(weight: Array, update: Array) -> Array:
-        # Of complex numbers, the real part says whether the step shrinks the weight.
-        agrees = jnp.real(jnp.conj(update) * weight) >= 0
-        return jnp.where(agrees, weight, 0)
-
     name = "cautious_weight_decay"
-    return _decay(check_rate(rate, "rate"), agreeing, mask, name)
+    return _decay(check_rate(rate, "rate"), _agreeing, mask, name)
 
 
 def corrected_weight_decay(
@@ -227,7 +216,7 @@ def corrected_weight_decay(
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype.
+    An `optax.GradientTransformation`, with updates as in [`eqxreg.weight_decay`][].
 
     **Raises:**
 
@@ -266,7 +255,7 @@ def independent_weight_decay(
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype.
+    An `optax.GradientTransformation`, with updates as in [`eqxreg.weight_decay`][].
 
     **Raises:**
 
@@ -291,12 +280,28 @@ def independent_weight_decay(
     """
     rate = _relative_to_peak(rate, learning_rate, peak_learning_rate)
     name = "independent_weight_decay"
-    return _decay(rate, lambda weight, update: -weight, mask, name)
+    return _decay(rate, _reversed, mask, name)
 
 
 def _itself(weight: Array, update: Array) -> Array:
     del update
     return weight
+
+
+def _reversed(weight: Array, update: Array) -> Array:
+    del update
+    return -weight
+
+
+def _sign(weight: Array, update: Array) -> Array:
+    del update
+    return jnp.sign(weight)
+
+
+def _agreeing(weight: Array, update: Array) -> Array:
+    # Of complex numbers, the real part says whether the step shrinks the weight.
+    agrees = jnp.real(jnp.conj(update) * weight) >= 0
+    return jnp.where(agrees, weight, 0)
 
 
 def _relative_to_peak(rate: Any, learning_rate: Any, peak: Any) -> Any:
@@ -319,56 +324,8 @@ def _decay(
     direction: Callable[[Array, Array], Array],
     mask: Any,
     name: str,
-    references: dict[Any, Array] | None = None,
+    reference: PyTree = None,
 ) -> optax.GradientTransformation:
-    """Adds `rate * direction(weight, update)`; the weight counts from its reference, if
-    there are any."""
     where = trainable if mask is None else mask
-
-    def selected(params: PyTree) -> PyTree:
-        chosen = require_selection(where, params, "mask")
-        return jax.tree.unflatten(jax.tree.structure(params), chosen)
-
-    # Optax adds one times what we make of the weights, in the dtype of each.
-    inner = optax.add_decayed_weights(1.0, mask=selected)
-
-    def init(params):
-        kept = ()
-        if references is not None:
-            found = require_sites(where, params, "mask")
-            kept = tuple(_reference(references, site) for _, site in found)
-        return DecayState(jnp.zeros((), jnp.int32), inner.init(params), kept)
-
-    def update(updates, state, params=None):
-        check_params(params, name)
-
-        def decayed(param: Array, update: Array) -> Array:
-            wide = direction(widen(param), widen(update))
-            now = rate_at(rate, state.step, wide.dtype)
-            return (now * wide).astype(update.dtype)
-
-        from_reference = params
-        if references is not None:
-            leaves, structure = jax.tree.flatten(params)
-            kept = iter(state.references)
-            for i, site in require_sites(where, params, "mask"):
-                leaves[i] = widen(site.leaf) - widen(next(kept))
-            from_reference = structure.unflatten(leaves)
-        decay = jax.tree.map(decayed, from_reference, updates)
-        updates, inner_state = inner.update(updates, state.inner, decay)
-        return updates, DecayState(following(state.step), inner_state, state.references)
-
-    return optax.GradientTransformation(init, update)
-
-
-def _reference(references: dict[Any, Array], site: Site) -> Array:
-    reference, param = references.get(site.entries), site.leaf
-    if reference is None or reference.shape != param.shape:
-        there = "none" if reference is None else f"one of shape {reference.shape}"
-        raise ValueError(
-            f"`reference` must have an array of shape {param.shape} at `{site.path}`, "
-            f"as the parameters do, and has {there}. Give the model itself, or leave "
-            "this array out of `mask`."
-        )
-    # The optimiser's state may be donated, the reference may not.
-    return jnp.array(reference, dtype=param.dtype, copy=True)
+    decay = Decay(rate, direction, where, name, reference)
+    return optax.GradientTransformation(decay.init, decay.update)

@@ -1,5 +1,6 @@
 """Projection after the update, which is always the last step of a chain."""
 
+import dataclasses
 import functools as ft
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -11,26 +12,31 @@ import optax
 from jax import lax
 from jaxtyping import Array, Int, PyTree
 
-from .._maps import Projection
+from .._maps import Chain, Projection, StraightThrough
 from .._maps._base import check_projection, check_weight
 from .._norms import anywhere, per_layer, widen
-from .._select import check_sites, require_sites, weights
+from .._select import check_sites, weights
 from .._sites import Site
-from ._params import change, check_params, following, moved
+from ._params import (
+    as_in,
+    by_path,
+    change,
+    check_params,
+    emitted_dtype,
+    following,
+    is_placeholder,
+    moved,
+    paired,
+    recorded,
+    replaced,
+    selected,
+    together,
+    with_selected,
+)
 
 
 Momentum = Literal["keep", "tangent"]
 """What becomes of the part of a moving weight's momentum that points out of the set."""
-
-
-class Carried(NamedTuple):
-    """What is carried from one update of a weight to the next."""
-
-    start: PyTree
-    """What the next projection starts from, which for most maps is nothing."""
-    reaction: PyTree
-    """What projections have taken off the momentum, as an update; `None` if that is
-    kept."""
 
 
 class ProjectState(NamedTuple):
@@ -38,8 +44,12 @@ class ProjectState(NamedTuple):
 
     step: Int[Array, ""]
     """How many updates there were."""
-    carried: tuple[PyTree, ...]
-    """One `Carried` for each selected weight."""
+    carried: dict[str, PyTree]
+    """What the next projection of each weight starts from, by its path and shape. For
+    most maps that is nothing, and they have no entry."""
+    reactions: PyTree = ()
+    """What projections have taken off the momentum, as updates, unless that is kept: a
+    tree of the structure of the parameters."""
 
 
 def project(
@@ -58,8 +68,12 @@ def project(
     Between projections, weights may leave the set. So may they by rounding: what is
     emitted is an update, and $w + (p(w + u) - w)$ is $p(w + u)$ only up to the
     precision of the weight. In float32 that is less than what maps stay short of their
-    bounds by, unless the update is much larger than the bound. After training,
-    [`eqxreg.project_params`][] is exact.
+    bounds by, unless the update is much larger than the bound. Zeros are exact, and no
+    entry passes zero. After training, [`eqxreg.project_params`][] is exact.
+
+    A line search, as in `optax.lbfgs`, evaluates the loss along its own step and knows
+    nothing of a projection that follows: together they end at a wrong point. There, use
+    a wrapper, such as [`eqxreg.constrain`][] makes.
 
     **Momentum.** The optimiser before this one does not know of the set. At its
     boundary, momentum that points outwards builds up, is projected away in each step,
@@ -67,17 +81,19 @@ def project(
     has turned. With `momentum="tangent"` the part that a projection takes off, $n = w +
     u - p(w + u)$, is taken off the momentum too: what it would add to later updates,
     $\beta_1 n, \beta_1^2 n, \ldots$, is subtracted from them. For `optax.sgd(...,
-    momentum=b1)` this is as if the velocity itself had lost $n$. For Adam and its kind
-    it is up to how much their scaling changes within $1 / (1 - \beta_1)$ steps. It
+    momentum=b1)` this is as if the velocity itself had lost $n$; with `nesterov=True`
+    it is not, for there the velocity has another share in the update. For Adam and its
+    kind it is up to how much their scaling changes within $1 / (1 - \beta_1)$ steps. It
     costs the memory of one more copy of the selected weights.
 
     **Arguments:**
 
     - `projection`: the map, such as [`eqxreg.MaxNorm`][]. Its bounds may be Optax
-        schedules; they are given the number of this update, from 1.
+        schedules of the step, which is 0 at the first update, as everywhere in Optax.
         [`eqxreg.Relative`][] measures them in units of each weight's initial norm.
     - `every`: the number of updates from one projection to the next; others cost
-        nothing. Defaults to 1.
+        nothing. With `every=k` it is the k-th update that projects first. Defaults to
+        1.
     - `mask`: which weights: a selector, a function to a tree of booleans, or such a
         tree. Defaults to [`eqxreg.weights`][].
     - `momentum`: `"keep"` to leave the momentum as it is, or `"tangent"`. Defaults to
@@ -87,15 +103,18 @@ def project(
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype. Layers that are stacked
-    are projected one by one.
+    An `optax.GradientTransformation`. Updates keep their dtype, unless that cannot hold
+    the weight: updates in bfloat16 of weights in float32 become updates in float32.
+    Layers that are stacked are projected one by one.
 
     **Raises:**
 
     - `TypeError`: if `projection` is not an [`eqxreg.Projection`][].
     - `ValueError`: if `every` is not a positive int, `momentum` is none of the above or
         `b1` is not in [0, 1); in `init`, if `mask` selects nothing; in `update`, if
-        there are no `params`.
+        there are no `params`, or `updates`, `params`, `mask` and `state` are not of the
+        same arrays, or a schedule gives what would be no bound as a number. What is
+        traced raises when it is known, by `eqx.error_if`.
 
     !!! example
 
@@ -114,70 +133,128 @@ def project(
         ```
     """
     check_projection(projection)
-    if isinstance(every, bool) or not isinstance(every, int | np.integer) or every < 1:
-        raise ValueError(f"`every` must be a positive int, got {every!r}.")
+    is_int = isinstance(every, int | np.integer) and not isinstance(every, bool)
+    if not is_int or not 0 < every < 2**31:
+        raise ValueError(f"`every` must be a positive int below 2**31, got {every!r}.")
     if momentum not in get_args(Momentum):
         raise ValueError(f'`momentum` must be "keep" or "tangent", got {momentum!r}.')
     if not 0 <= b1 < 1:
         raise ValueError(f"`b1` must be in [0, 1), got {b1!r}.")
 
-    def init(params):
+    transform = _Project(projection, int(every), mask, momentum == "tangent", b1)
+    return optax.GradientTransformation(transform.init, transform.update)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Project:
+    # A class, and not two closures, so that the transform can be pickled.
+    projection: Projection
+    every: int
+    mask: Any
+    is_tangent: bool
+    b1: float
+
+    def init(self, params: PyTree) -> ProjectState:
         first = jnp.zeros((), jnp.int32)
-        p = projection.at(first)
-
-        def carried(site: Site) -> Carried:
-            start = eqx.filter_jit(per_layer)(p._start, site.leaf, site.rank)
-            none = momentum == "keep"
-            return Carried(start, None if none else jnp.zeros_like(widen(site.leaf)))
-
-        found = [site for _, site in require_sites(mask, params, "mask")]
+        p = self.projection.at(first)
+        if is_placeholder(params):
+            carried: Any = {} if _carries_nothing(p) else "what is carried"
+            return ProjectState(first, carried, params if self.is_tangent else ())
+        found = selected(self.mask, params)
         check_sites(ft.partial(check_weight, p), found)
-        return ProjectState(first, tuple(map(carried, found)))
+        reactions = ()
+        if self.is_tangent:
+            none = {site.path: jnp.zeros_like(widen(site.leaf)) for site in found}
+            reactions = with_selected(none, params)
+        starts = {
+            _key(site): eqx.filter_jit(per_layer)(p._start, site.leaf, site.rank)
+            for site in found
+        }
+        carried = {key: start for key, start in starts.items() if _has_leaves(start)}
+        return ProjectState(first, carried, reactions)
 
-    def update(updates, state, params=None):
+    def update(
+        self, updates: PyTree, state: Any, params: PyTree = None
+    ) -> tuple[PyTree, ProjectState]:
         check_params(params, "project")
-        step = following(state.step)
-        p = projection.at(step)
-        leaves, structure = jax.tree.flatten(updates)
-        found = require_sites(mask, params, "mask")
-        steps = [leaves[i] for i, _ in found]
-        carried = list(state.carried)
-        if momentum == "tangent":
-            pairs = zip(steps, carried, strict=True)
-            steps = [widen(u) - c.reaction.astype(widen(u).dtype) for u, c in pairs]
+        p = self.projection.at(state.step)
+        leaves, structure, found = paired(updates, params, self.mask)
+        kept = by_path(state.reactions)
+        moving = []
+        for i, site in found:
+            step = leaves[i].astype(emitted_dtype(site.leaf, leaves[i]))
+            reaction = None
+            if self.is_tangent:
+                reaction = recorded(kept.get(site.path), site, site.leaf)
+                reaction, step = together(reaction, leaves[i])
+                step = step - reaction
+            moving.append(_Moving(step, _carried(p, state, site), reaction))
 
-        def project_one(site, step, carried):
-            """The update, and what is carried on from it."""
-            target = moved(site.leaf, step)
-            new, start = per_layer(p._step, target, site.rank, carried.start)
-            reaction = carried.reaction
+        def project_one(site: Site, now: _Moving) -> _Moving:
+            target = moved(site.leaf, now.step)
+            new, start = per_layer(p._step, target, site.rank, now.start)
+            reaction = now.reaction
             if reaction is not None:
                 reaction = reaction + (widen(target) - widen(new))
-            return change(site.leaf, new, step.dtype), Carried(start, reaction)
+            return _Moving(change(site.leaf, new, now.step.dtype), start, reaction)
 
-        def project_all(steps, carried):
-            pairs = [
-                project_one(site, *given)
-                for (_, site), *given in zip(found, steps, carried, strict=True)
-            ]
-            return [u for u, _ in pairs], [c for _, c in pairs]
+        def project_all(moving: list[_Moving]) -> list[_Moving]:
+            pairs = zip(found, moving, strict=True)
+            return [project_one(site, now) for (_, site), now in pairs]
 
-        def project_due(*before):
+        def project_due(before: list[_Moving]) -> list[_Moving]:
             keep = lambda new, old: jnp.where(due, new, old)
-            return jax.tree.map(keep, project_all(*before), before)
+            return jax.tree.map(keep, project_all(before), before)
 
-        if every > 1:
-            due = step % every == 0
-            unchanged = lambda *both: both
-            steps, carried = lax.cond(
-                anywhere(due), project_due, unchanged, steps, carried
-            )
+        count = following(state.step, self.every)
+        if self.every > 1:
+            due = count % self.every == 0
+            unchanged = lambda moving: moving
+            moving = lax.cond(anywhere(due), project_due, unchanged, moving)
         else:
-            steps, carried = project_all(steps, carried)
-        for (i, _), new in zip(found, steps, strict=True):
-            leaves[i] = new.astype(leaves[i].dtype)
-        if momentum == "tangent":
-            carried = [Carried(c.start, b1 * c.reaction) for c in carried]
-        return structure.unflatten(leaves), ProjectState(step, tuple(carried))
+            moving = project_all(moving)
+        carried, reactions = dict(state.carried), {}
+        for (i, site), now in zip(found, moving, strict=True):
+            leaves[i] = now.step.astype(emitted_dtype(site.leaf, leaves[i]))
+            if _key(site) in carried:
+                carried[_key(site)] = as_in(now.start, carried[_key(site)])
+            if now.reaction is not None:
+                reactions[site.path] = self.b1 * now.reaction
+        reactions = replaced(state.reactions, reactions)
+        return structure.unflatten(leaves), ProjectState(count, carried, reactions)
 
-    return optax.GradientTransformation(init, update)
+
+class _Moving(NamedTuple):
+    """A weight on its way: the step that it takes, and what is carried on from it."""
+
+    step: Array
+    start: PyTree
+    reaction: Array | None
+
+
+def _carried(p: Projection, state: ProjectState, site: Site) -> PyTree:
+    """What the projection of a weight starts from, which for most maps is nothing."""
+    start = lambda leaf: per_layer(p._start, leaf, site.rank)
+    needed = jax.eval_shape(start, site.leaf)
+    if not _has_leaves(needed):
+        return needed
+    return as_in(recorded(state.carried.get(_key(site)), site, needed), needed)
+
+
+def _key(site: Site) -> str:
+    """What is carried for a weight is under its path and, for what is carried may be of
+    the same shape for weights of different ones, its shape."""
+    return f"{site.path}: {site.leaf.shape}"
+
+
+def _has_leaves(tree: PyTree) -> bool:
+    return len(jax.tree.leaves(tree)) > 0
+
+
+def _carries_nothing(p: Any) -> bool:
+    """Whether projections of any weight start from nothing."""
+    if isinstance(p, Chain):
+        return all(_carries_nothing(part) for part in p.maps)
+    if isinstance(p, StraightThrough):
+        return _carries_nothing(p.projection)
+    return type(p)._start is Projection._start

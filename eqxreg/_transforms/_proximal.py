@@ -7,14 +7,14 @@ for $f$ a penalty that is not smooth at zero, and $\eta$ the learning rate. What
 gradient of such a penalty only comes near to, a proximal step reaches: exact zeros.
 """
 
+import dataclasses
 import functools as ft
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Inexact, Int
+from jaxtyping import Array, Float, Inexact, Int, PyTree
 
 from .._norms import (
     AxisLike,
@@ -26,8 +26,17 @@ from .._norms import (
     widen,
 )
 from .._rates import check_rate, product, rate_at
-from .._select import require_sites, trainable, weights
-from ._params import change, check_params, following, moved
+from .._select import trainable, weights
+from ._params import (
+    change,
+    check_params,
+    emitted_dtype,
+    following,
+    is_placeholder,
+    moved,
+    paired,
+    selected,
+)
 
 
 class ProximalState(NamedTuple):
@@ -52,6 +61,16 @@ def soft_threshold(
     steps of entries differ in size, and the threshold does not; the zeros are those of
     another problem.
 
+    The threshold of one step is the *product* of the two rates, and an entry becomes
+    zero where the steps of the optimiser are no longer than that. With SGD a step is
+    the learning rate times a gradient, so that `rate` is compared to gradients. With
+    Adam a step is about the learning rate itself, so that `rate` is compared to 1, and
+    has to be hundreds of times that for SGD.
+
+    What scales steps after the learning rate, such as
+    `optax.contrib.reduce_on_plateau`, must come after this, and not before, so that it
+    scales the threshold too. While it does, zeros are come near to and not reached.
+
     **Arguments:**
 
     - `rate`: the factor $\lambda$ of the penalty: a non-negative number, a scalar array
@@ -64,13 +83,15 @@ def soft_threshold(
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype; zeros are exact in all
-    of them.
+    An `optax.GradientTransformation`. Updates keep their dtype, unless that cannot hold
+    the weight, as in [`eqxreg.project`][]; zeros are exact in all of them.
 
     **Raises:**
 
-    - `ValueError`: if `rate` or `learning_rate` is negative; in `init`, if `mask`
-        selects nothing; in `update`, if there are no `params`.
+    - `ValueError`: if `rate` or `learning_rate` is negative or not finite, or a
+        schedule gives that; in `init`, if `mask` selects nothing; in `update`, if there
+        are no `params`, or `updates`, `params` and `mask` are not of the same arrays.
+        What is traced raises when it is known, by `eqx.error_if`.
 
     !!! example
 
@@ -117,8 +138,8 @@ def group_soft_threshold(
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype; zeros are exact in all
-    of them.
+    An `optax.GradientTransformation`. Updates keep their dtype, unless that cannot hold
+    the weight, as in [`eqxreg.project`][]; zeros are exact in all of them.
 
     **Raises:**
 
@@ -173,19 +194,15 @@ def elastic_net_prox(
 
     **Returns:**
 
-    An `optax.GradientTransformation`. Updates keep their dtype; zeros are exact in all
-    of them.
+    An `optax.GradientTransformation`. Updates keep their dtype, unless that cannot hold
+    the weight, as in [`eqxreg.project`][]; zeros are exact in all of them.
 
     **Raises:**
 
     - As [`eqxreg.soft_threshold`][] does.
     """
-
-    def fn(weight: Array, l1: Array, l2: Array) -> Array:
-        return _soft(weight, l1) / (1 + l2).astype(weight.dtype)
-
     name, where = "elastic_net_prox", _or_trainable(mask)
-    return _proximal(fn, name, where, learning_rate, l1=l1, l2=l2)
+    return _proximal(_elastic, name, where, learning_rate, l1=l1, l2=l2)
 
 
 def _or_trainable(mask: Any) -> Any:
@@ -198,6 +215,12 @@ def _soft(
     if not jnp.iscomplexobj(weight):
         return jnp.sign(weight) * jnp.maximum(jnp.abs(weight) - threshold, 0)
     return _shrunk(weight, (), threshold)
+
+
+def _elastic(
+    weight: Inexact[Array, "*shape"], l1: Float[Array, ""], l2: Float[Array, ""]
+) -> Inexact[Array, "*shape"]:
+    return _soft(weight, l1) / (1 + l2).astype(weight.dtype)
 
 
 def _group_soft(
@@ -217,35 +240,50 @@ def _shrunk(weight: Array, axes: tuple[int, ...], threshold: Array) -> Array:
 def _proximal(
     fn: Callable[..., Array],
     name: str,
-    where: Any,
+    mask: Any,
     learning_rate: Any,
     **rates: Any,
 ) -> optax.GradientTransformation:
-    """`fn(weight, *thresholds)` after the step, with the rates times the learning rate
-    as thresholds."""
     learning_rate = check_rate(learning_rate, "learning_rate")
-    thresholds = [
+    thresholds = tuple(
         product(check_rate(rate, argument), learning_rate)
         for argument, rate in rates.items()
-    ]
+    )
+    step = _Proximal(fn, name, mask, thresholds)
+    return optax.GradientTransformation(step.init, step.update)
 
-    def init(params):
-        # Raises if nothing is selected.
-        require_sites(where, params, "mask")
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Proximal:
+    """`fn(weight, *thresholds)` after the step, with the rates times the learning rate
+    as thresholds."""
+
+    # A class, and not two closures, so that the transform can be pickled.
+    fn: Callable[..., Array]
+    name: str
+    mask: Any
+    thresholds: tuple[Any, ...]
+
+    def init(self, params: PyTree) -> ProximalState:
+        if not is_placeholder(params):
+            # Raises if nothing is selected.
+            selected(self.mask, params)
         return ProximalState(jnp.zeros((), jnp.int32))
 
-    def update(updates, state, params=None):
-        check_params(params, name)
+    def update(
+        self, updates: PyTree, state: Any, params: PyTree = None
+    ) -> tuple[PyTree, ProximalState]:
+        check_params(params, self.name)
 
         def arrived(weight: Array) -> Array:
             real = real_dtype(weight.dtype)
-            now = [rate_at(threshold, state.step, real) for threshold in thresholds]
-            return fn(weight, *now)
+            now = [rate_at(rate, state.step, real) for rate in self.thresholds]
+            return self.fn(weight, *now)
 
-        leaves, structure = jax.tree.flatten(updates)
-        for i, site in require_sites(where, params, "mask"):
-            new = per_layer(arrived, widen(moved(site.leaf, leaves[i])), site.rank)
-            leaves[i] = change(site.leaf, new, leaves[i].dtype)
+        leaves, structure, found = paired(updates, params, self.mask)
+        for i, site in found:
+            dtype = emitted_dtype(site.leaf, leaves[i])
+            target = widen(moved(site.leaf, leaves[i]))
+            new = per_layer(arrived, target, site.rank)
+            leaves[i] = change(site.leaf, new, dtype)
         return structure.unflatten(leaves), ProximalState(following(state.step))
-
-    return optax.GradientTransformation(init, update)
