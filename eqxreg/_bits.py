@@ -12,6 +12,7 @@ with them and taken out of it again are what they were. Whoever computes with th
 average or to cast, makes floats of them, and that is an error when the array is read.
 """
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar
@@ -82,10 +83,15 @@ class HiddenArray:
                 "This is what an average, a sum or a cast over `eqx.is_array` does to "
                 f"it. {self._remedy}"
             )
-        joined = lax.bitcast_convert_type(self.bits, real)
-        if not jnp.issubdtype(self.dtype, jnp.complexfloating):
-            return joined
-        return lax.complex(joined[..., 0], joined[..., 1])
+        # An array that is known stays known, wherever it is read.
+        known = (
+            jax.ensure_compile_time_eval if self.is_known else contextlib.nullcontext
+        )
+        with known():
+            joined = lax.bitcast_convert_type(self.bits, real)
+            if not jnp.issubdtype(self.dtype, jnp.complexfloating):
+                return joined
+            return lax.complex(joined[..., 0], joined[..., 1])
 
     @property
     def bits(self) -> Array:

@@ -21,6 +21,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, PyTree
 
 from .._bits import Constant, value_of
 from .._norms import all_finite, frobenius_norm, real_dtype, tolerance, widen
+from .._rates import as_float
 from ._factored import Factored
 
 
@@ -118,28 +119,25 @@ def check_bound(
     if isinstance(value, jax.Array) or (
         isinstance(value, np.ndarray) and value.ndim != 0
     ):
-        fine = _is_fine(value, minimum, strict, finite)
         if isinstance(value, Tracer):
+            fine = _is_fine(value, minimum, strict, finite)
             message = f"`{name}` must be {need}.{remedy}"
             value = eqx.error_if(value, jnp.any(~fine), message)
-        elif not np.all(fine):
-            wrong = np.asarray(value)[~np.asarray(fine)].flat[0]
-            raise ValueError(f"`{name}` must be {need}, got {wrong}.{remedy}")
+        else:
+            known = np.asarray(value)
+            wrong = known[~_is_fine(known, minimum, strict, finite)]
+            if wrong.size > 0:
+                got = wrong.flat[0]
+                raise ValueError(f"`{name}` must be {need}, got {got}.{remedy}")
         # A weak type would make a bound that is replaced later a new trace.
-        dtype = value.dtype if _is_floating(value) else jnp.result_type(float)
+        dtype = jnp.result_type(float)
+        if _is_floating(value) and value.dtype.itemsize < dtype.itemsize:
+            dtype = value.dtype
         if isinstance(value, np.ndarray):
-            dtype = jnp.result_type(dtype)
             value = rounded(value, dtype, toward)
         return Constant.of(jnp.asarray(value, dtype=dtype))
-    try:
-        # Adding zero makes a negative zero a positive one, which it is equal to.
-        number = float(value) + 0.0
-    except OverflowError:
-        bits = int(value).bit_length()
-        raise ValueError(
-            f"`{name}` must be {need if finite else 'finite or `jnp.inf`'}, got an int "
-            f"of {bits} bits, which no float holds."
-        ) from None
+    # Adding zero makes a negative zero a positive one, which it is equal to.
+    number = as_float(value) + 0.0
     if not _is_fine(number, minimum, strict, finite):
         raise ValueError(f"`{name}` must be {need}, got {number}.{remedy}")
     return Number(number)
@@ -199,14 +197,13 @@ def check_order(
         ) from None
     if isinstance(lower, Tracer) or isinstance(upper, Tracer):
         low, high = jnp.broadcast_arrays(
-            jnp.asarray(lower).astype(float), jnp.asarray(upper).astype(float)
+            *(jnp.asarray(x).astype(jnp.result_type(float)) for x in (lower, upper))
         )
         crossed = jnp.any(low >= high if strict else low > high)
         message = f"`{names[0]}` must be {relation} `{names[1]}`."
         return eqx.error_if(stored, crossed, message)
-    low, high = np.broadcast_arrays(
-        np.asarray(lower, np.float64), np.asarray(upper, np.float64)
-    )
+    exact = [as_float(x) if isinstance(x, int) else x for x in (lower, upper)]
+    low, high = np.broadcast_arrays(*(np.asarray(x, np.float64) for x in exact))
     wrong = low >= high if strict else low > high
     if np.any(wrong):
         raise ValueError(
