@@ -85,7 +85,9 @@ def check_bound(
         raise ValueError(
             f"`{name}` must be a scalar, got an array of shape {value.shape}."
         )
-    if jnp.iscomplexobj(value):
+    # NumPy's: a map may be built before the processes of a cluster meet, and nothing in
+    # JAX may have run then.
+    if np.iscomplexobj(value):
         raise TypeError(f"`{name}` must be real, got {value!r}.")
     need = _requirement(minimum, strict)
     if isinstance(value, jax.Array):
