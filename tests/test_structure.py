@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from quick import check_derivatives, filter_jit, jit
 from tables import DTYPES, SHORT, exact, sample, scales
 
@@ -500,7 +501,7 @@ def test_the_gradient_exports_to_every_platform(p):
     for dtype in (jnp.float32, jnp.bfloat16):
         weight = jax.ShapeDtypeStruct(SHAPE, dtype)
         both = jax.jit(value_and_gradient(p))
-        exported = jax.export.export(both, platforms=platforms)(weight)
+        exported = export.export(both, platforms=platforms)(weight)
         assert exported.platforms == platforms
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from eqxreg._maps import WeightNorm
+from jax import export
 from jax.sharding import NamedSharding, PartitionSpec
 from quick import jit
 from tables import each_kind, sample
@@ -78,7 +79,7 @@ def test_the_gradient_exports_to_every_platform(name):
     platforms = ("cpu", "cuda", "rocm", "tpu")
     gradient = jax.jit(jax.grad(total(MAPS[name])))
     weight = jax.ShapeDtypeStruct((6, 5, 4), jnp.float32)
-    exported = jax.export.export(gradient, platforms=platforms)(weight)
+    exported = export.export(gradient, platforms=platforms)(weight)
     assert exported.platforms == platforms
 
 
