@@ -13,17 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import process
 import pytest
+import quick
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-FLAGS = (
-    "--xla_force_host_platform_device_count=2",
-    # Compile in half the time.
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_use_fusion_emitters=false",
-)
+FLAGS = ("--xla_force_host_platform_device_count=2", *quick.FLAGS)
 Arrays = dict[str, np.ndarray]
 
 
