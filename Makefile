@@ -3,19 +3,52 @@
 
 PYTHON ?= python3
 JOBS ?= logical
+# The versions that are supported, oldest first.
+PYTHONS := 3.11 3.12 3.13
 
 VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench bench-cuda bench-tpu clean demo docs help lint test
+.PHONY: bench bench-cuda bench-tpu clean demo docs help lint
+.PHONY: test test-all test-lowest test-newest $(PYTHONS:%=test-%)
 
 demo: $(VENV)/.has-examples ## Train on the handwritten digits; results in out/digits
 	$(BIN)/python examples/digits.py
 
 test: $(VENV)/.has-test ## Run the tests and the doctests
 	$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=worksteal
+
+# Other interpreters, and other versions of what eqxreg needs, have environments of their
+# own.
+test-all: ## Run them on each Python that is there, and test-lowest
+	$(MAKE) --no-print-directory --keep-going \
+		test $(patsubst %,test-%,$(filter-out $(DEFAULT),$(PYTHONS)) lowest)
+
+test-newest: ## Run them on the newest Python, if that is another
+	$(if $(filter $(DEFAULT),$(NEWEST)),\
+		@echo "Python $(DEFAULT) is the newest here.",\
+		$(MAKE) --no-print-directory test-$(NEWEST))
+
+$(PYTHONS:%=test-%): test-%:
+	$(if $(call python,$*),\
+		$(MAKE) --no-print-directory PYTHON=$(call python,$*) VENV=$(VENV)/$* test,\
+		@echo "Not tested on Python $*, which is neither on the path nor in pyenv.")
+
+test-lowest: ## Run them with the oldest JAX and Equinox that are supported
+	PIP_CONSTRAINT=.github/lowest-versions.txt \
+		$(MAKE) --no-print-directory VENV=$(VENV)/lowest test
+
+# The interpreter of a version, or nothing. What is on the path may be a shim of pyenv,
+# which runs only if that version is selected, or have no `venv`.
+python = $(firstword $(shell \
+	for python in python$1 "$$(pyenv root 2>/dev/null)"/versions/$1.*/bin/python; do \
+		"$$python" -c 'import ensurepip, venv' 2>/dev/null && echo "$$python"; \
+	done))
+DEFAULT = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+THERE = $(foreach version,$(PYTHONS),$(if $(call python,$(version)),$(version)))
+NEWEST = $(shell printf '%s\n' $(DEFAULT) $(THERE) | sort -V | tail -n 1)
 
 # Without the variable, the wrapper of pyright asks a server for newer releases.
 lint: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
@@ -47,7 +80,7 @@ clean: ## Remove everything that the other targets make
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## Show this text
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # One stamp for each extra of pyproject.toml: a second run installs nothing.
 $(VENV)/.has-%: pyproject.toml | $(BIN)/pip

@@ -108,7 +108,9 @@ def _explicit_padding(
         sizes = extents
     else:
         return None
-    return lax.padtype_to_pads(sizes, extents, layer.stride, layer.padding)
+    pads = lax.padtype_to_pads(sizes, extents, layer.stride, layer.padding)
+    # Some versions of JAX give NumPy's integers.
+    return [(int(low), int(high)) for low, high in pads]
 
 
 def _repeats_along_axis(

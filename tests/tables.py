@@ -48,6 +48,19 @@ def exact(weight: jax.Array) -> np.ndarray:
     return array.astype(kind)
 
 
+def assert_close(found, expected, tolerance: float = 1e-5) -> None:
+    """Trees of arrays are equal up to this share of the largest entry of each array.
+
+    How a sum is rounded depends on the processor. The error follows the size of what
+    was added, which a small result may be the difference of.
+    """
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    for one, other in pairs:
+        one, other = exact(one), exact(other)
+        size = np.abs(other).max(initial=0)
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * size)
+
+
 def norm_over(axis, ord=2) -> Callable[[np.ndarray], np.ndarray]:
     """The norms of a weight's slices, in numpy. Scaled, so that 1e25 is no problem."""
 

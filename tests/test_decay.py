@@ -26,7 +26,7 @@ def updates_of(transform, params=W, updates=ZEROS, steps=1):
 
 
 def close(a, b, **kwargs):
-    np.testing.assert_allclose(a, b, rtol=1e-6, **kwargs)
+    np.testing.assert_allclose(a, b, rtol=1e-5, **kwargs)
 
 
 def test_weights_are_drawn_to_the_reference():

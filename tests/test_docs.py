@@ -37,11 +37,20 @@ def test_the_first_example_ends_with_plain_layers():
 
 def test_the_commands_are_targets_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     pages = ("README.md", "CONTRIBUTING.md")
     text = "".join(block for page in pages for block in blocks(page, "sh"))
-    named = set(re.findall(r"\bmake ([a-z]+)", text))
+    named = set(re.findall(r"\bmake ([a-z-]+)", text))
     assert {"demo", "test"} <= named <= targets
+
+
+def test_the_supported_versions_of_python_are_the_same_everywhere():
+    read = lambda path: (ROOT / path).read_text(encoding="utf-8")
+    version = r"(\d\.\d+)"
+    classified = re.findall(rf"Python :: {version}", read("pyproject.toml"))
+    (made,) = re.findall(r"^PYTHONS := (.*)", read("Makefile"), re.MULTILINE)
+    (tested,) = re.findall(r"python: \[(.*)\]", read(".github/workflows/tests.yml"))
+    assert classified == made.split() == re.findall(version, tested)
 
 
 def test_every_public_name_is_in_the_documentation():

@@ -10,7 +10,7 @@ import pytest
 from eqxreg._maps import _factored
 from hlo import counts_of_today
 from quick import filter_jit
-from tables import exact, sample
+from tables import assert_close, exact, sample
 
 
 @pytest.fixture(autouse=True)
@@ -68,14 +68,7 @@ def out_and_gradient(layer, args):
 
 
 def assert_as_if_baked(layer, args):
-    pairs = zip(
-        out_and_gradient(layer, args),
-        out_and_gradient(Baking(layer), args),
-        strict=True,
-    )
-    for a, b in pairs:
-        size = np.abs(b).max()
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * size)
+    assert_close(out_and_gradient(layer, args), out_and_gradient(Baking(layer), args))
 
 
 @pytest.mark.parametrize("name", list(MAPS))
@@ -111,8 +104,7 @@ def test_so_they_are_with_a_state(inference):
             return eqxreg.bake(self.layer, copy())(x)
 
     pairs = (out_and_gradient(c(layer), (X,)) for c in (Stateless, StatelessBaking))
-    for a, b in zip(*pairs, strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+    assert_close(*pairs)
 
 
 @pytest.mark.parametrize("name", ["max_norm-unit", "unit_norm", "spectral"])
@@ -130,16 +122,14 @@ def test_weights_of_any_size_have_the_right_products_and_gradients(name, scale):
         size = np.linalg.norm(unit, axis=1, keepdims=True) if size is None else size
         bound = {"spectral": 1.0, "unit_norm": 0.7, "max_norm-unit": 0.8}[name]
         weight = bound * unit / size
-        np.testing.assert_allclose(out, weight @ exact(X), rtol=1e-5)
+        assert_close(out, weight @ exact(X))
         # The gradient has no part along what is scaled as a whole.
         inner = np.sum(exact(grad) * scale * unit, axis=axis)
         size = np.sum(np.abs(exact(grad) * scale * unit), axis=axis)
         assert np.all(size > 1e-3) and np.all(np.abs(inner) <= 1e-4 * size)
     else:
         # Inside, or zero: the layer as it is.
-        plain_out, plain_grad = out_and_gradient(scaled, (X,))
-        np.testing.assert_array_equal(out, plain_out)
-        np.testing.assert_allclose(grad, plain_grad, rtol=1e-6)
+        assert_close([out, grad], out_and_gradient(scaled, (X,)))
 
 
 def test_inside_the_set_a_product_keeps_its_bits():
@@ -180,7 +170,7 @@ class Doubled(eqx.nn.Linear):
 )
 def test_layers_of_ones_own_get_an_array(layer, name):
     wrapped = eqxreg.MaxNormConstraint(layer, name, 0.3, **UNIT)
-    np.testing.assert_allclose(wrapped(X), eqxreg.bake(wrapped)(X), rtol=1e-6)
+    assert_close(wrapped(X), eqxreg.bake(wrapped)(X))
 
 
 def test_a_gain_of_zero_is_trained():

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from tables import each_kind, sample
+from tables import assert_close, each_kind, sample
 
 
 def generic(p: eqxreg.Parametrization, seed: int) -> jax.Array:
@@ -100,8 +100,8 @@ def test_derivatives_are_right_at_the_ends_of_the_range(exponent):
     _, forward = jax.jvp(p, (weight * scale,), (tangent,))
     [backward] = jax.vjp(p, weight * scale)[1](tangent)
     # At a point of a sphere this derivative is symmetric.
-    np.testing.assert_allclose(forward * scale, expected, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(backward * scale, expected, rtol=1e-4, atol=1e-6)
+    assert_close(forward * scale, expected)
+    assert_close(backward * scale, expected)
 
 
 @pytest.mark.parametrize("p", [eqxreg.MaxNorm(1.0), eqxreg.UnitNorm(1.0)], ids=repr)

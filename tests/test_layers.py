@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from quick import filter_jit
-from tables import LAYERS, exact
+from tables import LAYERS, assert_close, exact
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -59,8 +59,7 @@ def test_the_layer_computes_with_the_constrained_weight(case, key):
     expected = call(layer, *case.inputs)
     actual = filter_jit(call)(wrapped, *case.inputs)
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert_close(actual, expected, 1e-4)
 
 
 def _replace(tree, old, new):
@@ -76,9 +75,7 @@ def test_bake_gives_the_plain_layer_that_computes_the_same(case, key):
     for weight in weights_of(case, baked):
         assert np.sqrt((exact(weight) ** 2).sum()) <= BOUND
     run = filter_jit(call)
-    outputs = run(wrapped, *case.inputs), run(baked, *case.inputs)
-    for a, b in zip(*map(jax.tree.leaves, outputs), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert_close(run(wrapped, *case.inputs), run(baked, *case.inputs))
 
 
 @each_layer
@@ -109,9 +106,8 @@ def test_a_wrapped_layer_vmaps_over_its_input(case, key):
     _, wrapped, call = build(case, key)
     batch = jax.tree.map(lambda x: jnp.stack([x, x]), case.inputs)
     outputs = filter_jit(jax.vmap(lambda *x: call(wrapped, *x)))(*batch)
-    single = call(wrapped, *case.inputs)
-    for a, b in zip(jax.tree.leaves(outputs), jax.tree.leaves(single), strict=True):
-        np.testing.assert_allclose(a[1], b, rtol=1e-5, atol=1e-6)
+    second = jax.tree.map(lambda x: x[1], outputs)
+    assert_close(second, call(wrapped, *case.inputs))
 
 
 @each_layer

@@ -376,7 +376,7 @@ def test_the_constant_of_a_function_of_vectors_is_attained(function, x, shape):
     jacobian = np.asarray(jacobian, np.float64)
     truth = np.linalg.norm(np.atleast_2d(jacobian), 2)
     bound = eqxreg.lipschitz_bound(function, shape)
-    np.testing.assert_allclose(bound, truth, rtol=1e-6)
+    np.testing.assert_allclose(bound, truth, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -446,7 +446,7 @@ def test_the_bound_is_the_same_under_jit():
     layers = [built(nn.Conv1d, 2, 2, 2), nn.Lambda(jnp.ravel), built(nn.Linear, 8, 3)]
     model = nn.Sequential(layers)
     jitted = filter_jit(eqxreg.lipschitz_bound)(model, (2, 5))
-    np.testing.assert_allclose(jitted, eqxreg.lipschitz_bound(model), rtol=1e-6)
+    np.testing.assert_allclose(jitted, eqxreg.lipschitz_bound(model), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,13 @@ from typing import NamedTuple
 import numpy as np
 import process
 import pytest
+import quick
+from tables import assert_close
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-FLAGS = (
-    "--xla_force_host_platform_device_count=2",
-    # Compile in half the time.
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_use_fusion_emitters=false",
-)
+FLAGS = ("--xla_force_host_platform_device_count=2", *quick.FLAGS)
 Arrays = dict[str, np.ndarray]
 
 
@@ -91,8 +87,7 @@ def test_two_processes_have_the_numbers_of_one(found: Found, done: str):
     assert expected
     for shared in found.shared:
         for name, array in expected.items():
-            tolerance = 1e-4 * np.abs(array).max()
-            np.testing.assert_allclose(shared[name], array, rtol=0, atol=tolerance)
+            assert_close(shared[name], array, 1e-4)
 
 
 def test_each_process_has_half_of_each_weight(found: Found):

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from quick import filter_jit, jit
-from tables import exact, sample
+from tables import assert_close, exact, sample
 
 
 def params_of(model):
@@ -265,7 +265,7 @@ def test_the_hyperball_step_is_its_formula():
         u = exact(direction)
         w = w - 0.3 * radius * u / np.linalg.norm(u)
         w = radius * w / np.linalg.norm(w)
-    np.testing.assert_allclose(exact(params["weight"]), w, rtol=1e-5, atol=1e-5)
+    assert_close(params["weight"], w)
 
 
 def test_a_relative_bound_may_follow_a_schedule():

@@ -160,7 +160,9 @@ def check_real(value: Any, name: str, *, several: bool) -> None:
         raise ValueError(
             f"`{name}` must be a scalar, got an array of shape {value.shape}."
         )
-    if jnp.iscomplexobj(value):
+    # NumPy's: a map may be built before the processes of a cluster meet, and nothing in
+    # JAX may have run then.
+    if np.iscomplexobj(value):
         raise TypeError(f"`{name}` must be real, got {value!r}.")
     dtype = getattr(value, "dtype", None)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.number):

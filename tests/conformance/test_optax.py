@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from optax import projections
-from tables import exact, sample
+from tables import assert_close, exact, sample
 
 
 # Projections of a single weight, which to Optax is a tree of one leaf.
@@ -66,7 +66,7 @@ def test_projections_and_their_gradients_agree(name):
     for scale in (0.01, 1.0):
         theirs, ours = value_and_gradient(sample("float32", scale))
         for a, b in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(a, b, rtol=5e-6, atol=1e-6)
+            assert_close(a, b)
 
 
 # The docstrings of `projection_simplex` and `projection_l1_ball`.
@@ -161,7 +161,7 @@ def test_non_negative_parameters_have_the_same_trajectory():
     ours = run(eqxreg.project(eqxreg.NonNegative(), mask=eqxreg.trainable))
     weights_only = run(eqxreg.project(eqxreg.NonNegative()))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+        assert_close(a, b)
         assert jnp.array_equal(a == 0, b == 0)
     # Optax acts on everything, and eqxreg by default on weights.
     assert theirs[-1]["bias"][0] == 0 and weights_only[-1]["bias"][0] < 0
@@ -180,7 +180,7 @@ def test_decay_is_that_of_optax(rate):
         expected, _ = theirs.update(updates, theirs.init(params), params)
         actual, state = decay.update(updates, state, params)
         for name in params:
-            np.testing.assert_allclose(actual[name], expected[name], rtol=1e-6)
+            assert_close(actual[name], expected[name])
 
 
 @pytest.mark.usefixtures("standard_promotion")

@@ -83,7 +83,7 @@ def test_constrained_weights_obey_the_bound(finished: Path):
     excess = np.maximum(np.linalg.norm(weight, axis=-1) - 0.7, 0)
     distance = np.sqrt((excess**2).sum(axis=-1))
     reported = methods["none"]["distance_to_set"]["seeds"]
-    np.testing.assert_allclose(reported, distance, rtol=1e-5)
+    np.testing.assert_allclose(reported, distance, rtol=1e-4)
 
 
 def bounded(weight: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import quick
 from common.mesh import share_of_a_device
 from jax.sharding import NamedSharding, PartitionSpec as P
 from trainer import Outcome, assert_one_line, strict_json
@@ -29,12 +30,6 @@ TINY = (
     *("--width", 16, "--depth", 2, "--heads", 4, "--length", 16, "--batch-size", 8),
     *("--learning-rate", 0.1, "--max-norm", BOUND, "--save-every", 4),
 )
-# For XLA, which then compiles in half the time.
-QUICK = (
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_use_fusion_emitters=false",
-)
 HALF, WHOLE = ("--steps", 4), ("--steps", 8)
 
 Launch = Callable[..., subprocess.Popen[str]]
@@ -46,7 +41,7 @@ def launch(compilation_cache: dict[str, str]) -> Iterator[Launch]:
     running = []
 
     def start(*arguments: object, devices: int = 1, script: object = (TRAINER,)):
-        flags = (f"--xla_force_host_platform_device_count={devices}", *QUICK)
+        flags = (f"--xla_force_host_platform_device_count={devices}", *quick.FLAGS)
         options = {
             "XLA_FLAGS": " ".join(flags),
             # Of a program that another process is just writing.
