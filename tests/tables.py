@@ -106,6 +106,10 @@ class Bounded:
     def __str__(self):
         return self.name
 
+    def __hash__(self):
+        # A map that holds a mask has no hash.
+        return hash(self.name)
+
     def takes(self, dtype: str) -> bool:
         return not (self.real_only and dtype.startswith("complex"))
 

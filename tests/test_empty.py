@@ -60,6 +60,7 @@ def test_a_map_keeps_an_empty_weight_and_so_do_its_derivatives(p):
         bound, raw = p.bind(weight)
         cubes = lambda w, bound=bound: jnp.sum(bound(w) ** 3)
         assert raw.shape == bound(raw).shape == shape
+        assert bound.inverse(bound(raw)).shape == shape
         assert filter_jit(bound)(raw).shape == shape
         assert jax.grad(cubes)(raw).shape == shape
         assert jax.hessian(cubes)(raw).shape == 2 * shape
@@ -227,6 +228,14 @@ def test_a_convolution_without_outputs_has_norm_zero(key):
     conv = eqx.nn.Conv2d(3, 0, 3, key=key)
     assert eqxreg.operator_norm(conv, (3, 8, 8)) == 0
     assert eqxreg.lipschitz_bound(conv) == 0
+
+
+@pytest.mark.parametrize("p", [MAPS["spectral norm"], MAPS["unit norm"]], ids=repr)
+def test_a_wide_layer_without_outputs_is_called(p, key):
+    # One whose products are scaled, and not its weight.
+    layer = eqxreg.Constraint(eqx.nn.Linear(600, 0, key=key), "weight", p)
+    assert layer(jnp.ones(600)).shape == (0,)
+    assert eqxreg.WeightNormConstraint(layer)(jnp.ones(600)).shape == (0,)
 
 
 STACKED = ("max norm", "spectral norm", "spectral cap", "orthogonal", "cayley", "box")

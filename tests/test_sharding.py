@@ -7,6 +7,7 @@ import equinox as eqx
 import eqxreg
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from hlo import collectives
@@ -55,6 +56,9 @@ def on_mesh(tree):
 
 
 UNIT = eqxreg.MaxNorm(0.7, axis="unit")
+# Maps that hold arrays of their own.
+BOX = eqxreg.Box(np.full(SHAPE[1], -0.05), np.full((SHAPE[0], 1), 0.05))
+PINNED = eqxreg.Pinned(np.arange(SHAPE[1]) % 3 == 0, np.full(SHAPE, 0.5))
 TRANSFORMS = {
     "max_norm": eqxreg.project(UNIT),
     "max_norm-every": eqxreg.project(UNIT, every=2),
@@ -66,6 +70,8 @@ TRANSFORMS = {
     "soft_threshold": eqxreg.soft_threshold(0.1, learning_rate=0.1),
     "group_soft_threshold": eqxreg.group_soft_threshold(1.0, learning_rate=0.1),
     "spectral_scale": eqxreg.project(eqxreg.SpectralScale(0.7)),
+    "box-arrays": eqxreg.project(BOX),
+    "pinned": eqxreg.project(PINNED),
 }
 PENALTIES = {
     "l2": ft.partial(eqxreg.l2_penalty, rate=0.1),
@@ -305,7 +311,10 @@ def test_metrics_on_a_mesh_are_those_of_one_device():
 
 # Explicit axes.
 
-NORM_MAPS = {
+LAID_OUT = {
+    "box-arrays": BOX,
+    "pinned": PINNED,
+    "masked": eqxreg.Masked(np.arange(SHAPE[1]) % 3 == 0),
     "max_norm": UNIT,
     "max_norm-whole": eqxreg.MaxNorm(0.7),
     "min_max_norm": eqxreg.MinMaxNorm(0.3, 0.7, axis="unit"),
@@ -313,10 +322,10 @@ NORM_MAPS = {
 }
 
 
-@pytest.mark.parametrize("name", list(NORM_MAPS))
-def test_norm_maps_on_explicit_axes_keep_the_layout(name: str):
+@pytest.mark.parametrize("name", list(LAID_OUT))
+def test_maps_on_explicit_axes_keep_the_layout(name: str):
     def total(params):
-        weights = jax.tree.map(NORM_MAPS[name], params)
+        weights = jax.tree.map(LAID_OUT[name], params)
         cubes = (w.astype("float32") ** 3 for w in jax.tree.leaves(weights))
         return sum(jnp.sum(cube) for cube in cubes), weights
 
@@ -328,7 +337,7 @@ def test_norm_maps_on_explicit_axes_keep_the_layout(name: str):
     check_close(found, gradient(parameters()))
 
 
-@pytest.mark.parametrize("name", ["max_norm-every", "relative"])
+@pytest.mark.parametrize("name", ["max_norm-every", "relative", "pinned"])
 def test_transforms_on_explicit_axes_keep_the_layout(name: str):
     transform = TRANSFORMS[name]
     update, init = jit(ft.partial(updated, transform)), jit(transform.init)

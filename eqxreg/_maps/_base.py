@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import AxisType
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, PyTree
 
 from .._bits import Constant, value_of
@@ -234,6 +235,15 @@ def check_broadcasts(name: str, shape: tuple[int, ...], weight: Shaped) -> None:
             f"`{name}` must have the shape of the weight, {tuple(weight.shape)}, or "
             f"one that broadcasts to it, got {shape}."
         )
+
+
+def stretched(array: Array, weight: Array) -> Array:
+    """`array` in the shape of a weight, laid out as it is on a mesh."""
+    array = jnp.broadcast_to(array, weight.shape)
+    sharding = jax.typeof(weight).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.sharding.reshard(array, sharding)
+    return array
 
 
 def bound_shape(bound: Any) -> tuple[int, ...]:

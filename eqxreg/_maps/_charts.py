@@ -105,6 +105,8 @@ class _Chart(MatrixMap):
             weight as the base.
         """
         self.check(weight)
+        if weight.size == 0:
+            return weight
         base, matrices = self._base_like(weight), self._wide(weight)
         raw = as_tall(self._undo, base, matrices)
         result = as_tall(self._moved, base, raw)

@@ -26,6 +26,7 @@ from ._base import (
     check_values,
     in_order,
     share,
+    stretched,
 )
 
 
@@ -344,7 +345,7 @@ def _bounds_like(p: Box | Interval, weight: Array, dtype) -> tuple[Array, Array]
     """The bounds in a dtype: scalars or, if they are several, of the weight's shape."""
     lower = bound_value(p.lower, dtype, toward=math.inf)
     upper = bound_value(p.upper, dtype)
-    like = lambda b: b if b.ndim == 0 else jnp.broadcast_to(b, weight.shape)
+    like = lambda bound: stretched(bound, weight) if bound.ndim else bound
     return like(lower), like(upper)
 
 

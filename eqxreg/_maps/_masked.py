@@ -21,6 +21,7 @@ from ._base import (
     check_broadcasts,
     check_dtype,
     share,
+    stretched,
 )
 
 
@@ -65,7 +66,7 @@ class Masked(Projection):
 
     def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         self.check(raw)
-        mask = jnp.broadcast_to(self.mask, raw.shape)
+        mask = stretched(self.mask, raw)
         return jnp.where(mask | ~jnp.isfinite(raw), raw, 0)
 
 
@@ -135,7 +136,7 @@ class Pinned(Projection):
     def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         self.check(raw)
         # The gradient of what is held is that of a constant, whatever is there.
-        held = jnp.broadcast_to(self.mask, raw.shape) & jnp.isfinite(raw)
+        held = stretched(self.mask, raw) & jnp.isfinite(raw)
         return jnp.where(held, self._value_like(raw), raw)
 
     def _value_like(self, weight: Array) -> Array:
@@ -153,10 +154,10 @@ class Pinned(Projection):
         if not jnp.iscomplexobj(known) and _largest(known.dtype) > largest:
             # What the dtype cannot hold is its largest number.
             known = known.clip(-largest, largest)
-        return jnp.broadcast_to(jnp.asarray(known, weight.dtype), weight.shape)
+        return stretched(jnp.asarray(known, weight.dtype), weight)
 
     def _active(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
-        return share(jnp.broadcast_to(self.mask, weight.shape), widen(weight))
+        return share(stretched(self.mask, weight), widen(weight))
 
 
 def _largest(dtype: Any) -> float:
