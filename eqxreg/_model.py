@@ -12,7 +12,8 @@ from jaxtyping import PRNGKeyArray, PyTree
 from ._bits import is_frozen
 from ._layers import has_methods, is_tied, is_wrapper
 from ._maps import Parametrization, Projection
-from ._maps._base import check_projection, check_weight
+from ._maps._base import check_projection
+from ._maps._kept import check_weight
 from ._norms import per_layer
 from ._paths import unwrapped
 from ._select import check_sites, require_selection, require_sites, weights

@@ -17,7 +17,7 @@ from ._maps import (
     UnitNorm,
     WeightNorm,
 )
-from ._maps._base import Bound
+from ._maps._bounds import Bound
 from ._maps._matrix import RowAxes
 from ._norms import AxisLike
 from ._polar import Way

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Inexact
 from ._layers import is_wrapper
 from ._linear import check_fits, check_input_shape, linear_part
 from ._maps import SpectralNorm
-from ._maps._base import check_dtype
+from ._maps._checks import check_dtype
 from ._maps._matrix import RowAxes
 from ._maps._scale_norm import Estimator, from_start
 from ._model import bake

@@ -15,7 +15,7 @@ from ._bits import opened
 from ._layers import is_tied
 from ._linear import check_fits, check_input_shape, linear_part
 from ._maps import SpectralNorm
-from ._maps._base import Bound
+from ._maps._bounds import Bound
 from ._maps._matrix import automatically_measured, over_blocks, to_matrices
 from ._maps._scale_norm import Measure, cold, frozen, scale_norm, warm
 from ._norms import anywhere, per_layer, squared_magnitude, widen

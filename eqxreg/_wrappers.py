@@ -12,8 +12,10 @@ from jaxtyping import Array
 from ._bits import FrozenArray, frozen_as, is_frozen, opened, thawed
 from ._layers import is_tied, is_wrapper, only_calls, only_multiplies
 from ._maps import Parametrization, Projection
-from ._maps._base import bound_to, check_weight, factored, has_schedule
+from ._maps._base import factored
+from ._maps._bounds import has_schedule
 from ._maps._held import HeldMaps
+from ._maps._kept import bound_to, check_weight
 from ._paths import (
     Path,
     check_names,

@@ -22,7 +22,7 @@ from .._norms import (
 )
 from .._polar import as_tall, gram_of, polished
 from .._singular import adjoint, matmul
-from ._base import check_values
+from ._checks import check_values
 from ._matrix import (
     MatrixMap,
     RowAxes,

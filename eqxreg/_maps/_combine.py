@@ -4,14 +4,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, PyTree
 
 from .._norms import with_derivative_of
-from ._base import (
-    Parametrization,
-    Projection,
-    Shaped,
-    bound_to,
-    check_kept,
-    composed_degree,
-)
+from ._base import Parametrization, Projection, composed_degree
+from ._checks import Shaped, check_kept
+from ._kept import bound_to
 
 
 class StraightThrough(Projection):

@@ -11,23 +11,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
 from .._norms import widen
-from ._base import (
+from ._base import Parametrization, Projection, share
+from ._bounds import (
     Bound,
-    Parametrization,
-    Projection,
-    Shaped,
     StoredBound,
     bound_shape,
     bound_value,
     check_bound,
     check_broadcasts,
-    check_dtype,
     check_order,
-    check_values,
     in_order,
-    share,
     stretched,
 )
+from ._checks import Shaped, check_dtype, check_values
 
 
 def clip(

@@ -14,7 +14,8 @@ import jax
 import jax.tree_util as jtu
 
 from .._bits import Constant
-from ._base import Number, Parametrization, Schedule
+from ._base import Parametrization
+from ._bounds import Number, Schedule
 
 
 class HeldMaps(tuple[Parametrization, ...]):

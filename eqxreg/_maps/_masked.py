@@ -9,20 +9,18 @@ from jaxtyping import Array, Bool, Float, Inexact
 
 from .._bits import Constant, is_constant, value_of
 from .._norms import widen
-from ._base import (
+from ._base import Projection, share
+from ._bounds import (
     Bound,
     Number,
-    Projection,
     Schedule,
-    Shaped,
     StoredBound,
     bound_shape,
     check_bound,
     check_broadcasts,
-    check_dtype,
-    share,
     stretched,
 )
+from ._checks import Shaped, check_dtype
 
 
 class Masked(Projection):

@@ -16,7 +16,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Inexact
 
 from .._norms import check_axis, resolve_axes
-from ._base import Parametrization, Projection, Shaped, check_dtype
+from ._base import Parametrization, Projection
+from ._checks import Shaped, check_dtype
 
 
 Matrices: TypeAlias = Inexact[Array, "blocks rows columns"]

@@ -24,18 +24,9 @@ from .._norms import (
     tolerance,
     wide_dtype,
 )
-from ._base import (
-    Bound,
-    Parametrization,
-    Projection,
-    Shaped,
-    StoredBound,
-    bound_value,
-    check_bound,
-    check_dtype,
-    check_order,
-    in_order,
-)
+from ._base import Parametrization, Projection
+from ._bounds import Bound, StoredBound, bound_value, check_bound, check_order, in_order
+from ._checks import Shaped, check_dtype
 from ._elementwise import clip
 from ._factored import Factored, is_factorable
 from ._rescale import (

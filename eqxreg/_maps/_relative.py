@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, PyTree
 
 from .._bits import Constant, value_of
-from ._base import Number, Projection, Schedule, Shaped, check_projection
+from ._base import Projection, check_projection
+from ._bounds import Number, Schedule
+from ._checks import Shaped
 
 
 class Relative(Projection):

@@ -29,15 +29,9 @@ from .._norms import (
     widen,
     with_derivative_of,
 )
-from ._base import (
-    Bound,
-    Projection,
-    Shaped,
-    StoredBound,
-    bound_value,
-    check_bound,
-    check_dtype,
-)
+from ._base import Projection
+from ._bounds import Bound, StoredBound, bound_value, check_bound
+from ._checks import Shaped, check_dtype
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -19,7 +19,7 @@ from .._singular import (
     Top,
     fixed_vector,
 )
-from ._base import Bound, StoredBound, bound_value, check_bound
+from ._bounds import Bound, StoredBound, bound_value, check_bound
 from ._factored import Factored, is_factorable
 from ._matrix import (
     MatrixProjection,

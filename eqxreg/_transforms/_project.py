@@ -13,7 +13,8 @@ from jax import lax
 from jaxtyping import Array, Int, PyTree
 
 from .._maps import Chain, Projection, StraightThrough
-from .._maps._base import check_projection, check_weight
+from .._maps._base import check_projection
+from .._maps._kept import check_weight
 from .._norms import anywhere, per_layer, widen
 from .._select import check_sites, weights
 from .._sites import Site
