@@ -139,18 +139,14 @@ def test_other_counters_stay_at_their_end_as_in_optax():
 # Pickles
 
 
-def every_leaf(tree):
-    return jax.tree.map(lambda leaf: True, tree)
-
-
 PICKLED = {
-    "project": eqxreg.project(UNIT, 2, every_leaf),
+    "project": eqxreg.project(UNIT, 2),
     "tangent": eqxreg.project(
-        eqxreg.SpectralCap(0.5), 2, every_leaf, momentum="tangent"
+        eqxreg.SpectralCap(0.5), 2, eqxreg.everything, momentum="tangent"
     ),
-    "relative": eqxreg.project(eqxreg.Relative(eqxreg.UnitNorm()), 1, every_leaf),
+    "relative": eqxreg.project(eqxreg.Relative(eqxreg.UnitNorm())),
     "soft": eqxreg.soft_threshold(0.1, learning_rate=0.1),
-    "group": eqxreg.group_soft_threshold(0.1, learning_rate=0.1, mask=every_leaf),
+    "group": eqxreg.group_soft_threshold(0.1, learning_rate=0.1),
     "elastic": eqxreg.elastic_net_prox(0.1, 0.1, learning_rate=0.1),
     "decay": eqxreg.weight_decay(jnp.asarray(0.1)),
     "sign": eqxreg.sign_decay(0.1),

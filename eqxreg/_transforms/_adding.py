@@ -82,7 +82,7 @@ def _reference(references: dict[str, Any], site: Site) -> Array:
     if reference is None or reference.shape != param.shape:
         there = "none" if reference is None else f"one of shape {reference.shape}"
         raise ValueError(
-            f"`reference` must have an array of shape {param.shape} at `{site.path}`, "
+            f"`reference` must have an array of shape {param.shape} at {site.shown}, "
             f"as the parameters do, and has {there}. Give the model itself, or leave "
             "this array out of `mask`."
         )

@@ -66,7 +66,7 @@ def paired(
         leaves[i], leaf = jnp.asarray(leaves[i]), jnp.asarray(site.leaf)
         if leaves[i].shape != leaf.shape:
             raise ValueError(
-                f"`updates` has an array of shape {leaves[i].shape} at `{site.path}`, "
+                f"`updates` has an array of shape {leaves[i].shape} at {site.shown}, "
                 f"where `params` has one of shape {leaf.shape}. Give the parameters "
                 "that the gradients are of."
             )
@@ -108,7 +108,7 @@ def recorded(value: Any, site: Site, shapes: PyTree) -> Any:
     shapes_of = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
     if shapes_of(value) != shapes_of(shapes):
         raise ValueError(
-            f"`state` has nothing that fits the array at `{site.path}`: it is of other "
+            f"`state` has nothing that fits the array at {site.shown}: it is of other "
             "parameters. Initialise the optimiser again, "
             "`state = optimiser.init(params)`, whenever arrays are frozen, thawed, "
             "wrapped or exchanged."
@@ -223,7 +223,7 @@ class _MaskByPath:
             if site.entries[:length] in flags:
                 return flags[site.entries[:length]]
         raise ValueError(
-            f"`mask` says nothing of the array at `{site.path}`. It must be a tree of "
+            f"`mask` says nothing of the array at {site.shown}. It must be a tree of "
             "booleans of the structure of the parameters, or of a part of it from the "
             "root. A selector such as `eqxreg.weights` fits every tree."
         )
