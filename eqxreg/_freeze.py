@@ -2,8 +2,9 @@
 and `thaw`, which put it around the layers of a model and take it off again."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import equinox as eqx
 import jax
@@ -12,6 +13,8 @@ from jaxtyping import PyTree
 
 from ._bits import FrozenArray, has_frozen, is_constant, is_frozen, thawed
 from ._model import map_children, wrapping_depth
+from ._norms import real_dtype
+from ._paths import unwrapped
 from ._select import chosen_leaves, part, require_selection, trainable
 from ._sites import Site, sites
 from ._wrapper import Wrapper, evaluate
@@ -59,6 +62,8 @@ class Frozen(Wrapper):
 
     layer: Any
     weight_name: str | tuple[str, ...] = eqx.field(static=True)
+    # Its call only looks at what it is given.
+    rewrites_weight: ClassVar[bool] = True
 
     def __init__(self, layer: Any, where: Any = trainable):
         """**Arguments:**
@@ -90,10 +95,48 @@ class Frozen(Wrapper):
     def _evaluated(
         self, state: Any, inference: bool | None, to_call: bool
     ) -> tuple[Any, Any]:
-        return evaluate(thawed(self.layer), state, inference, to_call)
+        layer = thawed(self.layer)
+        self._frozen_dtypes()
+        return evaluate(layer, state, inference, to_call)
+
+    def _frozen_dtypes(self) -> list[Any]:
+        """The dtypes of the frozen arrays. Raises if the others were cast alone."""
+        nodes = jax.tree.leaves(self.layer, is_leaf=is_frozen)
+        frozen = [node.dtype for node in nodes if is_frozen(node)]
+        free = [node.dtype for node in nodes if eqx.is_inexact_array(node)]
+        if _narrower(free, frozen):
+            raise ValueError(
+                f"The frozen arrays of this {type(unwrapped(self)).__name__} are of "
+                f"{frozen[0].name}, and all others of {free[0].name}: a cast over "
+                "`eqx.is_inexact_array` does not see frozen arrays. Use "
+                "`eqxreg.cast(model, dtype)`, which does."
+            )
+        return frozen
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        frozen = self._frozen_dtypes()
+        inputs = jax.tree.leaves((args, kwargs))
+        given = [x.dtype for x in inputs if eqx.is_inexact_array(x)]
+        if _narrower(given, frozen):
+            warnings.warn(
+                f"A frozen {type(unwrapped(self)).__name__} of {frozen[0].name} is "
+                f"given {given[0].name}. If its model was cast over "
+                "`eqx.is_inexact_array`, its frozen arrays were not: use "
+                "`eqxreg.cast(model, dtype)`. If that is meant, cast the input.",
+                stacklevel=2,
+            )
+        return super().__call__(*args, **kwargs)
 
     def _within(self) -> Iterator[Any]:
         yield self.layer
+
+
+def _narrower(some: list[Any], others: list[Any]) -> bool:
+    """Whether there are dtypes of both, and all of the one are narrower than all of the
+    other."""
+    both = some and others
+    sizes = lambda dtypes: [real_dtype(dtype).itemsize for dtype in dtypes]
+    return bool(both) and max(sizes(some)) < min(sizes(others))
 
 
 def freeze(model: PyTree, where: Any) -> PyTree:

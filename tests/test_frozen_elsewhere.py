@@ -44,7 +44,7 @@ COMPUTED = {
 def test_what_was_computed_with_is_an_error_when_it_is_read(name, dtype):
     model = eqxreg.freeze(network(dtype=dtype), FIRST)
     other = tree_map(COMPUTED[name], model, model)
-    message = r"frozen.*eqx\.is_inexact_array.*eqxreg\.thaw"
+    message = r"frozen.*eqx\.is_inexact_array.*eqxreg\.(thaw|cast)"
     reads = {
         "call": lambda: other(X),
         "compiled call": lambda: eqx.filter_jit(other)(X),
@@ -140,6 +140,30 @@ def test_a_cast_leaves_state_and_integers_alone(key):
     )
     with pytest.raises(TypeError, match=r"`dtype` must be a floating one, got int32"):
         eqxreg.cast(cell, jnp.int32)
+
+
+def test_a_cast_that_does_not_see_frozen_arrays_is_told(key):
+    """Such a cast leaves them in single precision, as a scan would find much later."""
+
+    def cast(model):
+        to_half = lambda x: x.astype("bfloat16") if eqx.is_inexact_array(x) else x
+        return jax.tree.map(to_half, model)
+
+    half = X.astype("bfloat16")
+    partly = cast(eqxreg.freeze(network(), eqxreg.weights))
+    for call in (lambda: partly(half), lambda: eqxreg.bake(partly)):
+        with pytest.raises(ValueError, match=r"frozen.*float32.*`eqxreg\.cast"):
+            call()
+    whole = cast(eqxreg.freeze(eqx.nn.Linear(4, 3, key=key), eqxreg.everything))
+    with pytest.warns(UserWarning, match=r"frozen Linear of float32 is given bfloat16"):
+        whole(half)
+    # Nothing is said of what is meant: more precision than what is frozen.
+    gain = eqxreg.WeightNormConstraint(
+        eqxreg.cast(eqx.nn.Linear(4, 3, key=key), "bfloat16")
+    )
+    frozen = eqxreg.freeze(gain, eqxreg.select(names="weight"))
+    assert frozen(half).dtype == "bfloat16"
+    assert eqxreg.freeze(network(), eqxreg.everything)(X).dtype == "float32"
 
 
 # Checkpoints
