@@ -3,8 +3,8 @@
 All of them need `params`, accept models, filtered with `eqx.is_inexact_array` or not,
 and resolve their mask anew on the tree that they are given, so that they work within
 `optax.masked` and `optax.partition` too. Arrays of different trees are paired by path.
-Decay adds to a gradient or to a direction;
-proximal steps and projections come last, for they say where a weight is to arrive.
+Decay adds to a gradient or to a direction; proximal steps and projections come last,
+for they say where a weight is to arrive.
 """
 
 from ._decay import (
