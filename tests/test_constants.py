@@ -122,6 +122,9 @@ def test_bounds_read_as_floats(key):
     assert np.asarray(bound) == 1.0
     assert 2 * bound == 2.0 and bound / 2 == 0.5 and 1 - bound == 0 and -bound == -1
     np.testing.assert_allclose(bound, 1.0)
+    assert jnp.allclose(bound, 1.0) and bound == pytest.approx(1.0)
+    assert f"{bound:.2f}" == "1.00" and str(bound) == "1.0" and round(bound, 2) == 1.0
+    assert bound.item() == 1.0 and int(bound) == 1
     p = eqxreg.SpectralNorm(jnp.array(2.0))
     assert float(p.norm) == 2.0
 
