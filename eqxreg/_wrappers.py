@@ -7,6 +7,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from ._bits import FrozenArray, frozen_as, is_frozen, opened, thawed
@@ -121,7 +122,7 @@ class Constraint(Wrapper):
             bound.append(p)
             ranks.append(weight_rank)
         self.layer = layer
-        self.parametrizations = HeldMaps(bound)
+        self.parametrizations = HeldMaps(map(_with_own_arrays, bound))
         self._ranks = tuple(ranks)
 
     @property
@@ -212,6 +213,13 @@ def on_stack(
         return on_stack(fn, p, weight_rank, raw)
 
     return eqx.filter_vmap(inner, in_axes=(_stack_axes(p), 0))(p, raw)
+
+
+def _with_own_arrays(p: Parametrization) -> Parametrization:
+    """`p` with copies of its arrays: one map serves many layers, and no buffer of a
+    model may be donated twice."""
+    copied = lambda x: jnp.array(x, copy=True) if isinstance(x, jax.Array) else x
+    return jax.tree.map(copied, p)
 
 
 def _stack_axes(p: Parametrization) -> Any:

@@ -222,6 +222,18 @@ def test_constants_are_stacked_sharded_and_saved(key, tmp_path):
     assert jnp.array_equal(pickle.loads(pickle.dumps(layers[0]))(X), layers[0](X))
 
 
+def test_a_bound_that_many_layers_share_can_be_donated(key):
+    mlp = eqx.nn.MLP(4, 2, 8, depth=2, key=key)
+    model = eqxreg.constrain(mlp, eqxreg.MaxNorm(jnp.asarray(0.3), axis="unit"))
+    cell = eqx.nn.GRUCell(4, 3, key=key)
+    cell = eqxreg.constrain(cell, eqxreg.Box(jnp.asarray(-0.1), jnp.asarray(0.1)))
+    expected = model(X)
+    both = (model, cell)
+    step = eqx.filter_jit(lambda m: (m[0](X), m), donate="all")
+    out, _ = step(both)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
 def test_averages_of_constants_are_constants_or_an_error(key):
     layer = eqxreg.Constraint(eqx.nn.Linear(4, 4, key=key), "weight", eqxreg.Cayley())
     params, static = eqx.partition(layer, eqx.is_inexact_array)
