@@ -37,8 +37,9 @@ class Memory(NamedTuple):
 
     @classmethod
     def of(cls, vectors: Inexact[Array, "*stack blocks n"]) -> "Memory":
-        one = jnp.ones((), jnp.int32)
-        return cls(vectors, one, one)
+        # Two arrays, for a buffer that stands in two places cannot be donated.
+        wait, left = jnp.ones((), jnp.int32), jnp.ones((), jnp.int32)
+        return cls(vectors, wait, left)
 
     @property
     def due(self) -> Bool[Array, ""]:

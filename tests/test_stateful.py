@@ -306,3 +306,12 @@ def test_a_norm_of_an_operator_needs_a_size_and_a_linear_layer(key):
     linear = eqxreg.MaxNormConstraint(eqx.nn.Linear(3, 4, key=key), "weight", 0.5)
     expected = largest(eqxreg.bake(linear).weight)
     assert float(eqxreg.operator_norm(linear)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_new_state_can_be_donated(key):
+    build = eqx.nn.make_with_state(eqxreg.SpectralNormConstraint)
+    layer, state = build(eqx.nn.Linear(4, 4, key=key), "weight", key=key)
+    call = lambda layer, state: layer(jnp.ones(4), state)
+    expected, _ = call(layer, jax.tree.map(jnp.copy, state))
+    out, _ = eqx.filter_jit(call, donate="all")(layer, state)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
