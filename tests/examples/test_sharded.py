@@ -4,6 +4,7 @@ Every run is a child process, whose number of devices can be chosen.
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -66,7 +67,8 @@ def launch(compilation_cache: dict[str, str]) -> Iterator[Launch]:
 def outcome(child: subprocess.Popen[str]) -> Outcome:
     """Waits for a run to end."""
     out, err = child.communicate(timeout=200)
-    return Outcome(child.returncode, out, err)
+    # The process that compiles a program first may log what XLA thinks of it.
+    return Outcome(child.returncode, out, re.sub(r"(?m)^[IW]\d{4} .*\n", "", err))
 
 
 def results(out: Path, *children: subprocess.Popen[str]) -> dict[str, Any]:
