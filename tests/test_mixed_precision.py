@@ -56,12 +56,19 @@ LOOPS = {
 EPS = {"float16": 1e-3, "bfloat16": 8e-3}
 
 
-# Optax accumulates no complex gradients.
+def _accumulates(weight: str, update: str) -> bool:
+    """Whether Optax does: complex gradients it never does, and those of another half
+    precision than the weight's not in 0.2.6."""
+    is_old = optax.__version__ == "0.2.6"
+    mixed = {weight, update} == {"float16", "bfloat16"}
+    return not (weight.startswith("complex") or (mixed and is_old))
+
+
 CASES = [
     (dtypes, loop)
     for dtypes in PAIRS
     for loop in LOOPS
-    if not (dtypes[0].startswith("complex") and loop == "accumulated")
+    if loop != "accumulated" or _accumulates(*dtypes)
 ]
 each_case = pytest.mark.parametrize("dtypes, loop", CASES, ids=str)
 
