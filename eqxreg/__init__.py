@@ -52,6 +52,7 @@ from ._model import (
     bake as bake,
     constrain as constrain,
     project_params as project_params,
+    strip as strip,
 )
 from ._named_wrappers import (
     BoxConstraint as BoxConstraint,
@@ -102,7 +103,7 @@ from ._transforms import (
     soft_threshold as soft_threshold,
     weight_decay as weight_decay,
 )
-from ._unbake import strip as strip, unbake as unbake
+from ._unbake import unbake as unbake
 from ._wrappers import Constraint as Constraint
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.tree_util as jtu
 from jaxtyping import PRNGKeyArray, PyTree
 
-from ._bits import is_frozen
+from ._bits import thawed
 from ._layers import has_methods, is_tied, is_wrapper
 from ._maps import Parametrization, Projection
 from ._maps._base import check_projection
@@ -229,13 +229,36 @@ def bake(model: _Model, state: eqx.nn.State | None = None) -> _Model:
     return visit(model, ())
 
 
-def unwrap_all(tree: PyTree) -> PyTree:
-    """`tree` with what is within its wrappers in their place, unevaluated, and what is
-    in place of its frozen arrays. It has the structure of the baked tree."""
-    tree = unwrapped(tree)
-    if is_frozen(tree):
-        return tree.parts[0]
-    return map_children(lambda node, _: unwrap_all(node), tree, ())
+def strip(model: _Model) -> _Model:
+    """Takes all wrappers off a model, ours and Equinox's, without evaluating them.
+
+    **Arguments:**
+
+    - `model`: any PyTree.
+
+    **Returns:**
+
+    The model in its original types, with its raw weights; frozen arrays are ordinary
+    ones again. [`eqxreg.bake`][] is the way to constrained weights.
+
+    !!! example
+
+        ```python
+        >>> import equinox as eqx
+        >>> import jax
+        >>> import eqxreg
+        >>> linear = eqx.nn.Linear(4, 3, key=jax.random.key(0))
+        >>> layer = eqxreg.Constraint(linear, "weight", eqxreg.MaxNorm(0.1))
+        >>> bool(eqx.tree_equal(eqxreg.strip(layer), linear))
+        True
+
+        ```
+    """
+
+    def visit(node: Any, entries: tuple) -> Any:
+        return map_children(visit, unwrapped(node), entries)
+
+    return visit(thawed(model), ())
 
 
 def bake_with(
@@ -245,7 +268,7 @@ def bake_with(
     leaves. So a choice is made on the tree that was given, wrappers and all, and read
     on what they make of it."""
     given = jax.tree.unflatten(jax.tree.structure(model), values)
-    return bake(model, state), jax.tree.leaves(unwrap_all(given))
+    return bake(model, state), jax.tree.leaves(strip(given))
 
 
 def project_params(

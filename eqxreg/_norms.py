@@ -73,6 +73,12 @@ def real_dtype(dtype) -> jnp.dtype:
     return jnp.finfo(dtype).dtype
 
 
+def holds(dtype, other) -> bool:
+    """Whether a floating dtype holds all numbers of another."""
+    own, other = jnp.finfo(dtype), jnp.finfo(other)
+    return own.nmant >= other.nmant and own.maxexp >= other.maxexp
+
+
 def wide_dtype(dtype) -> jnp.dtype:
     """The real dtype that norms of a weight of this dtype are accumulated in."""
     real = jnp.finfo(dtype)

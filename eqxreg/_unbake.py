@@ -1,4 +1,4 @@
-"""The way back to wrapped models: `unbake`, and `strip`, which gives up on wrappers."""
+"""`unbake`, the way back from a plain model to a wrapped one."""
 
 from typing import Any, TypeVar
 
@@ -7,48 +7,15 @@ import jax.tree_util as jtu
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from ._bits import thawed
 from ._layers import is_wrapper
-from ._model import map_children
+from ._model import map_children, strip
 from ._norms import frobenius_norm, tolerance, widen
-from ._paths import key_of, unwrapped
+from ._paths import key_of
 from ._wrapper import evaluate, needs_foreign_state
 from ._wrappers import written
 
 
 _Model = TypeVar("_Model")
-
-
-def strip(model: _Model) -> _Model:
-    """Takes all wrappers off a model, ours and Equinox's, without evaluating them.
-
-    **Arguments:**
-
-    - `model`: any PyTree.
-
-    **Returns:**
-
-    The model in its original types, with its raw weights; frozen arrays are ordinary
-    ones again. [`eqxreg.bake`][] is the way to constrained weights.
-
-    !!! example
-
-        ```python
-        >>> import equinox as eqx
-        >>> import jax
-        >>> import eqxreg
-        >>> linear = eqx.nn.Linear(4, 3, key=jax.random.key(0))
-        >>> layer = eqxreg.Constraint(linear, "weight", eqxreg.MaxNorm(0.1))
-        >>> bool(eqx.tree_equal(eqxreg.strip(layer), linear))
-        True
-
-        ```
-    """
-
-    def visit(node: Any, entries: tuple) -> Any:
-        return map_children(visit, unwrapped(node), entries)
-
-    return visit(thawed(model), ())
 
 
 def unbake(model: _Model, plain: PyTree) -> _Model:

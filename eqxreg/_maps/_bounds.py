@@ -20,6 +20,7 @@ from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 from .._bits import Constant, value_of
+from .._norms import holds
 from .._rates import as_float
 from ._checks import Shaped
 
@@ -267,10 +268,10 @@ def bound_value(
     bound = jax.lax.stop_gradient(bound)
     if not _is_floating(bound):
         bound = bound.astype(jnp.float32)
-    if _holds(dtype, bound.dtype):
+    if holds(dtype, bound.dtype):
         return bound.astype(dtype)
     near = bound.astype(dtype)
-    wide = bound.dtype if _holds(bound.dtype, dtype) else jnp.dtype(jnp.float32)
+    wide = bound.dtype if holds(bound.dtype, dtype) else jnp.dtype(jnp.float32)
     back, bound = near.astype(wide), bound.astype(wide)
     beyond = back > bound if toward < 0 else back < bound
     inside = jnp.nextafter(near, jnp.full_like(near, toward))
@@ -288,12 +289,6 @@ def rounded(value: np.ndarray | np.number, dtype, toward: float | None) -> np.nd
     if not np.any(beyond):
         return near
     return np.where(beyond, np.nextafter(near, np.asarray(toward, near.dtype)), near)
-
-
-def _holds(dtype, other) -> bool:
-    """Whether a floating dtype holds all numbers of another."""
-    own, other = jnp.finfo(dtype), jnp.finfo(other)
-    return own.nmant >= other.nmant and own.maxexp >= other.maxexp
 
 
 def has_schedule(tree: Any) -> bool:

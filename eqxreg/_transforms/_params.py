@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Inexact, Int, PyTree
 
-from .._norms import widen
+from .._norms import holds, widen
 from .._select import Selector, require_sites
 from .._sites import Site, sites
 
@@ -120,10 +120,9 @@ def emitted_dtype(param: Array, update: Array) -> Any:
     """The dtype of an update that takes a weight somewhere: that of the update that was
     given, unless it cannot hold the weight. What is rounded to bfloat16 takes no weight
     in float32 to zero, or to a bound."""
-    weight, given = jnp.finfo(param.dtype), jnp.finfo(update.dtype)
-    holds = given.nmant >= weight.nmant and given.maxexp >= weight.maxexp
     is_real = jnp.iscomplexobj(param) and not jnp.iscomplexobj(update)
-    return update.dtype if holds and not is_real else param.dtype
+    fits = holds(update.dtype, param.dtype) and not is_real
+    return update.dtype if fits else param.dtype
 
 
 def together(
