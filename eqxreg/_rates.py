@@ -53,10 +53,10 @@ def as_float(number: Any) -> float:
         return math.inf if number > 0 else -math.inf
 
 
-def rate_at(rate: Any, step: Int[Array, ""], dtype) -> Array:
-    """A rate at one step, counted from 0 as Optax does, as a scalar array of `dtype`,
-    the dtype of what it multiplies."""
-    return jnp.asarray(rate(step) if callable(rate) else rate).astype(dtype)
+def rate_at(rate: Any, step: Int[Array, ""]) -> Array:
+    """A rate at one step, counted from 0 as Optax does, as a scalar array, to be cast
+    to the dtype of what it multiplies."""
+    return jnp.asarray(rate(step) if callable(rate) else rate)
 
 
 def product(*rates: Any) -> Callable[[Int[Array, ""]], Array]:
@@ -82,4 +82,4 @@ class _Product:
     rates: tuple[Any, ...]
 
     def __call__(self, step: Int[Array, ""]) -> Array:
-        return jnp.prod(jnp.stack([rate_at(rate, step, float) for rate in self.rates]))
+        return jnp.prod(jnp.stack([rate_at(r, step).astype(float) for r in self.rates]))

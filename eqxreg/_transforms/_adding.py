@@ -64,14 +64,15 @@ class Decay:
         check_params(params, self.name)
         leaves, structure, found = paired(updates, params, self.mask)
         references = by_path(state.references)
+        # Once, for a rate that is checked when it is known is checked at run time.
+        rate = rate_at(self.rate, state.step)
         for i, site in found:
             dtype = emitted_dtype(site.leaf, leaves[i])
             weight, update = together(site.leaf, leaves[i])
             if self.reference is not None:
                 reference = recorded(references.get(site.path), site, site.leaf)
                 weight = weight - reference.astype(weight.dtype)
-            now = rate_at(self.rate, state.step, weight.dtype)
-            decay = now * self.direction(weight, update)
+            decay = rate.astype(weight.dtype) * self.direction(weight, update)
             leaves[i] = (update + decay).astype(dtype)
         following_state = DecayState(following(state.step), state.references)
         return structure.unflatten(leaves), following_state

@@ -275,10 +275,12 @@ class _Proximal:
     ) -> tuple[PyTree, ProximalState]:
         check_params(params, self.name)
 
+        # Once, for a rate that is checked when it is known is checked at run time.
+        now = [rate_at(rate, state.step) for rate in self.thresholds]
+
         def arrived(weight: Array) -> Array:
             real = real_dtype(weight.dtype)
-            now = [rate_at(rate, state.step, real) for rate in self.thresholds]
-            return self.fn(weight, *now)
+            return self.fn(weight, *(threshold.astype(real) for threshold in now))
 
         leaves, structure, found = paired(updates, params, self.mask)
         for i, site in found:
