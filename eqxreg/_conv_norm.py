@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
 from ._norms import real_dtype, widen
-from ._singular import Top, attained, gram, matmul
+from ._singular import Top, attained, gram, matmul, of_matrix
 
 
 # Points on the grid for each degree of the symbol, by the number of axes along which it
@@ -77,12 +77,9 @@ def lattice_norm(
     found = _largest_on_grid(constant)
     factor = _beyond_grid(constant)
 
-    def forward(v):
-        group = kernel[found.group][None]
-        return factor * matmul(_symbols(group, found.frequency)[0], v)
-
+    symbol = factor * _symbols(kernel[found.group][None], found.frequency)[0]
     value = or_fault(factor * found.top.value, constant)
-    return attained(value, found.top, forward)
+    return attained(of_matrix, symbol, found.top._replace(value=value))
 
 
 def or_fault(value: Float[Array, ""], weight: Inexact[Array, "..."]) -> Array:

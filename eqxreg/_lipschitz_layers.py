@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Inexact
 from ._activations import GroupSort, MaxMin
 from ._conv_norm import lattice_norm, or_fault
 from ._norms import widen
-from ._singular import attained, gram, matmul
+from ._singular import attained, gram, of_matrix
 from ._slopes import NoBound, Shape
 
 
@@ -33,8 +33,8 @@ def _matrix_norm(weight: Inexact[Array, "out in"]) -> Float[Array, ""]:
     matrix = widen(weight)
     constant = lax.stop_gradient(matrix)
     top = gram(constant)
-    value = or_fault(top.value, constant)
-    return attained(value, top, lambda v: matmul(matrix, v))
+    top = top._replace(value=or_fault(top.value, constant))
+    return attained(of_matrix, matrix, top)
 
 
 def _linear(layer: eqx.nn.Linear, input_shape: Shape) -> Bound:

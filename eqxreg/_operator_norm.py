@@ -132,5 +132,5 @@ def operator_norm(
     # The singular values of a convolution are close to each other at the top.
     constant = linear(lax.stop_gradient(weight))
     top = from_start(constant, start, steps=32, cycles=16)
-    value = attained(top.value, top, linear(weight).forward)
+    value = attained(linear, weight, top)
     return value.astype(real_dtype(layer.weight.dtype))

@@ -28,7 +28,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
-from ._factors import singular_derivative
+from ._factors import (
+    Spectrum,
+    divided,
+    hermitian,
+    linearised,
+    lyapunov,
+    positive_part,
+    root,
+    singular_derivative,
+)
 from ._norms import anywhere, is_half, real_dtype, squared_magnitude, widen
 from ._singular import adjoint, fixed_vector, lanczos, matmul, of_matrix, start_vector
 
@@ -58,7 +67,8 @@ def as_tall(fn: Callable[..., Array], *matrices: Matrices) -> Matrices:
 def normal_range(matrices: Matrices) -> tuple[Matrices, Float[Array, "blocks 1 1"]]:
     """The matrices and their scales, nearly always 1: powers of two that bring those
     whose products might leave the range to entries of about one."""
-    peak = jnp.max(jnp.abs(matrices), axis=(-1, -2), keepdims=True, initial=0)
+    constant = lax.stop_gradient(matrices)
+    peak = jnp.max(jnp.abs(constant), axis=(-1, -2), keepdims=True, initial=0)
     far = (peak > 2.0**20) | (peak < 2.0**-20)
     far = far & (peak > 0) & jnp.isfinite(peak)
     # Within what has a normal inverse.
@@ -162,8 +172,7 @@ def polar(matrices: Matrices, tol: float, method: Way | None = None) -> Matrices
     direction is chosen. A matrix whose `orthogonality_error` is at most `tol` keeps its
     bits.
 
-    The derivative is `singular_derivative` with $f = 1$; a direction of no length,
-    relatively, has none.
+    It has derivatives of all orders; a direction of no length, relatively, has none.
     """
     nearest = _if_finite(ft.partial(_polar, tol, method))
     return as_tall(nearest, widen(matrices)).astype(matrices.dtype)
@@ -208,26 +217,23 @@ def _distances(tall: Matrices) -> tuple[Array, Array]:
 
 @_polar.defjvp
 def _(tol, method, primals, tangents):
+    r"""With $S = Q^H W$, and $Y$ the solution of $S Y + Y S = Q^H H - H^H Q$,
+
+    $$\mathrm{D}F[H] = Q Y + (I - Q Q^H) H S^{-1}.$$
+    """
     (tall,), (tangent,) = primals, tangents
     q = _polar(tol, method, tall)
     scaled, scale = normal_range(tall)
-    stretch = matmul(adjoint(q), scaled)
-    s, v = jnp.linalg.eigh((stretch + adjoint(stretch)) / 2, symmetrize_input=False)
-    s = jnp.maximum(s, 0)
-    floor = 32 * jnp.finfo(s.dtype).eps * s[..., -1:]
-    total = s[..., :, None] + s[..., None, :]
-    minus = _inverse(total / 2, floor[..., None])
-    ratio = _inverse(s, floor)
-    u = matmul(q, v)
-    scaled_tangent = tangent * scale.astype(tangent.dtype)
-    zero = jnp.zeros_like(minus)
-    return q, singular_derivative(u, s, v, zero, minus, ratio, scaled_tangent)
-
-
-def _inverse(x: Array, floor: Array) -> Array:
-    """`1 / x`, and zero where `x` is not above `floor`."""
-    above = x > floor
-    return jnp.where(above, 1 / jnp.where(above, x, 1), 0)
+    tangent = tangent * scale.astype(tangent.dtype)
+    stretch = hermitian(matmul(adjoint(q), scaled))
+    spectrum = Spectrum.of(stretch)
+    inner = matmul(adjoint(q), tangent)
+    change = matmul(q, lyapunov(stretch, inner - adjoint(inner), spectrum))
+    # A square Q has no space to leave.
+    if tall.shape[-2] > tall.shape[-1]:
+        beyond = tangent - matmul(q, inner)
+        change = change + divided(beyond, stretch, spectrum)
+    return q, change
 
 
 def _polar_by_svd(tall):
@@ -303,10 +309,14 @@ def _(aim, method, primals, tangents):
     value = _cap(aim, method, tall, bound)
     scaled, scale = normal_range(tall)
     c = (bound.astype(scale.dtype) * scale)[..., 0]
-    v, columns, s = _right_factors(scaled)
-    nonzero = s > 32 * jnp.finfo(s.dtype).eps * jnp.max(s, axis=-1, keepdims=True)
-    size = jnp.where(nonzero, s, 1)[..., None, :].astype(columns.dtype)
-    u = jnp.where(nonzero[..., None, :], columns / size, 0)
+    parts = _cap_parts(lax.stop_gradient(scaled), lax.stop_gradient(c))
+    change = linearised(_cap_derivative, _smooth_cap, scaled, c, parts, tangent)
+    return value, change
+
+
+def _cap_parts(tall: Matrices, c: Float[Array, "blocks 1"]) -> tuple[Array, ...]:
+    """What the derivative of the cap is made of."""
+    u, s, v = _factors_around(tall, c)
     # What is at the bound is inside.
     above = s > c
     i, j = (..., slice(None), None), (..., None, slice(None))
@@ -320,9 +330,20 @@ def _(aim, method, primals, tangents):
     low_value = jnp.minimum(low, c)
     minus = jnp.where(above[i] | above[j], (low_value + c) / total, 1)
     ratio = jnp.where(above, c[..., 0] / jnp.where(above, s, 1), 1)
-    change = singular_derivative(u, s, v, plus, minus, ratio, tangent)
     inside = ~jnp.any(above, axis=-1)[..., None, None]
-    return value, jnp.where(inside, tangent, change)
+    return inside, u, v, plus, minus, ratio
+
+
+def _cap_derivative(inside: Array, *parts_and_tangent: Array) -> Matrices:
+    change = singular_derivative(*parts_and_tangent)
+    return jnp.where(inside, parts_and_tangent[-1], change)
+
+
+def _smooth_cap(tall: Matrices, c: Float[Array, "blocks 1"]) -> Matrices:
+    r"""With $A = W / c$, it is $W (I + (A^H A - I)_+)^{-1/2}$."""
+    gram = gram_of(tall / c[..., None].astype(tall.dtype))
+    eye = _eye_like(gram)
+    return matmul(tall, jnp.linalg.inv(root(eye + positive_part(gram - eye, 1.0))))
 
 
 def _right_factors(tall):
@@ -333,6 +354,47 @@ def _right_factors(tall):
     v = polished(v)
     images = matmul(tall, v)
     return v, images, jnp.sqrt(jnp.sum(squared_magnitude(images), axis=-2))
+
+
+def _factors_around(tall, c):
+    """The thin singular value decomposition, as `u`, `s` and `v`, exact for values of
+    about `c` too, where others are far above it."""
+    v, images, s = _right_factors(tall)
+    far_above = _FAR * c
+
+    def as_found(tall, v, images, s):
+        del tall
+        return _units(images, s), s, v
+
+    def in_two(tall, *_):
+        # The rounding of what is far above would drown all else: it is taken off, put
+        # back at a lower value, and all is decomposed again.
+        u, s, vh = jnp.linalg.svd(tall, full_matrices=False)
+        top, far = jnp.maximum(s[..., :1], far_above), s > far_above
+        u = jnp.where(far[..., None, :], u, 0)
+        v = jnp.where(far[..., None, :], adjoint(vh), 0)
+        for _ in range(2):
+            tall = tall - matmul(u, matmul(adjoint(u), tall))
+            tall = tall - matmul(matmul(tall, v), adjoint(v))
+        lower = (far_above * (1 + s / top))[..., None, :].astype(u.dtype)
+        v, images, s = _right_factors(tall + matmul(u * lower, adjoint(v)))
+        is_lower = s > far_above * (1 + far_above / (2 * top))
+        actual = jnp.where(is_lower, top * (s / far_above - 1), s)
+        return _units(images, s), actual, v
+
+    is_far = jnp.max(s, axis=-1, keepdims=True) > far_above
+    return lax.cond(anywhere(jnp.any(is_far)), in_two, as_found, tall, v, images, s)
+
+
+_FAR = 8
+"""How many times the bound what is above it may be before its rounding matters."""
+
+
+def _units(images, s):
+    """The left singular vectors; zero where a singular value is."""
+    nonzero = s > 32 * jnp.finfo(s.dtype).eps * jnp.max(s, axis=-1, keepdims=True)
+    size = jnp.where(nonzero, s, 1)[..., None, :].astype(images.dtype)
+    return jnp.where(nonzero[..., None, :], images / size, 0)
 
 
 def _cap_by_eigh(aim, tall, bounds):

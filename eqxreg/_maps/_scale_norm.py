@@ -17,11 +17,13 @@ from jaxtyping import Array, Bool, Float, Inexact
 
 from .._norms import narrow, widen
 from .._singular import (
+    LinearIn,
     LinearMap,
     Top,
     attained,
     gram,
     lanczos,
+    moving,
     of_matrix,
     power_iteration,
     svd,
@@ -38,7 +40,7 @@ Estimator = Literal["lanczos", "gram", "svd"]
 class Measure(NamedTuple):
     """A norm of a weight, as the norm of a linear map that the weight makes."""
 
-    linear: Callable[[Array], LinearMap]
+    linear: LinearIn
     """The map, which depends on the weight linearly."""
     top: Callable[[Array, Array], Top]
     """Its largest singular value, from a weight and a vector to start from."""
@@ -88,11 +90,9 @@ def _norm_factor(plan, measure, weight, start, bound):
 @_norm_factor.defjvp
 def _(plan, measure, primals, tangents):
     (weight, start, bound), (tangent, *_) = primals, tangents
-    # The singular vectors count as constant: at the top of the spectrum their motion
-    # does not change the value, to first order.
     made, top = _planned(plan, measure, lax.stop_gradient(weight), start, bound)
-    value = attained(top.value, top, measure.linear(widen(weight)).forward)
-    top = Top(value, top.left, top.right)
+    value = attained(measure.linear, widen(weight), top)
+    top = Top(value, *moving(measure.linear, widen(weight), top))
     factor = jnp.where(made.moves, _factor(made, top), 1)
     along = _along(measure, top, widen(tangent)) / jnp.where(value > 0, value, 1)
     following = next_start(top, start)
@@ -120,7 +120,7 @@ def _is_positive(value: Array) -> Bool[Array, ""]:
 
 
 def _along(measure: Measure, top: Top, tangent: Array) -> Float[Array, ""]:
-    left, right = lax.stop_gradient((top.left, top.right))
+    _, left, right = top
     if measure.linear is of_matrix:
         # One pass over the tangent; in the transpose an outer product, which is never
         # written to memory by itself.
@@ -133,7 +133,7 @@ def _along(measure: Measure, top: Top, tangent: Array) -> Float[Array, ""]:
 # Estimates of the norm of a matrix, from a weight and a vector to start from.
 
 
-def _lanczos(linear: Callable[[Array], LinearMap], weight: Array, start: Array) -> Top:
+def _lanczos(linear: LinearIn, weight: Array, start: Array) -> Top:
     return from_start(linear(weight), start)
 
 
@@ -145,13 +145,11 @@ def from_start(linear: LinearMap, start: Inexact[Array, " n"], **options: Any) -
     return lanczos(linear, start, **options)
 
 
-def _power(
-    steps: int, linear: Callable[[Array], LinearMap], weight: Array, start: Array
-) -> Top:
+def _power(steps: int, linear: LinearIn, weight: Array, start: Array) -> Top:
     return power_iteration(linear(weight), start, steps)
 
 
-def _frozen(linear: Callable[[Array], LinearMap], weight: Array, start: Array) -> Top:
+def _frozen(linear: LinearIn, weight: Array, start: Array) -> Top:
     left, value = unit(linear(weight).forward(start))
     return Top(value, left, start)
 
@@ -163,22 +161,22 @@ ESTIMATORS: dict[str, Measure] = {
 }
 
 
-def cold(linear: Callable[[Array], LinearMap]) -> Measure:
+def cold(linear: LinearIn) -> Measure:
     """The norm of a linear map, from any start."""
     return ESTIMATORS["lanczos"] if linear is of_matrix else _by(_lanczos, linear)
 
 
-def warm(steps: int, linear: Callable[[Array], LinearMap] = of_matrix) -> Measure:
+def warm(steps: int, linear: LinearIn = of_matrix) -> Measure:
     """By steps of power iteration, from what the last ones found."""
     return _warm(steps) if linear is of_matrix else _by(_power, linear, steps)
 
 
-def frozen(linear: Callable[[Array], LinearMap] = of_matrix) -> Measure:
+def frozen(linear: LinearIn = of_matrix) -> Measure:
     """By the vector that was found, unchanged."""
     return _FROZEN if linear is of_matrix else _by(_frozen, linear)
 
 
-def _by(top: Callable, linear: Callable[[Array], LinearMap], *args: int) -> Measure:
+def _by(top: Callable, linear: LinearIn, *args: int) -> Measure:
     return Measure(linear, ft.partial(top, *args, linear))
 
 
@@ -210,7 +208,7 @@ def block_factors(measure, plan, bound, matrices, starts):
 def block_values(measure, matrices, starts):
     def value(matrix, start):
         top = measure.top(lax.stop_gradient(matrix), start)
-        return attained(top.value, top, of_matrix(matrix).forward)
+        return attained(of_matrix, matrix, top)
 
     return over_blocks(value, matrices, starts)
 
