@@ -159,7 +159,9 @@ def _polyphase(
     order = (0, 1, 2, *(4 + 2 * i for i in range(dims)))
     order = (*order, *(3 + 2 * i for i in range(dims)))
     weight = jnp.transpose(weight, order)
-    return weight.reshape(*weight.shape[:2], -1, *taps)
+    # Not `-1`, which an empty weight does not tell.
+    columns = weight.shape[2] * math.prod(phases)
+    return weight.reshape(*weight.shape[:2], columns, *taps)
 
 
 def _grid(taps: Sequence[int]) -> list[int]:
