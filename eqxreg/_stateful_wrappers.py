@@ -1,6 +1,6 @@
 """The wrappers that remember singular vectors in an `eqx.nn.State`.
 
-They differ in their map, and `_SpectralConstraint` is all the rest; what is remembered
+They differ in their map, and `SpectralConstraint` is all the rest; what is remembered
 is in `_memory.py`.
 """
 
@@ -32,7 +32,7 @@ from ._singular import fixed_vector, of_matrix, search, unit
 from ._wrappers import Constraint, current
 
 
-class _SpectralConstraint(Constraint):
+class SpectralConstraint(Constraint):
     """A layer with its weight scaled by its largest singular value, as a map says."""
 
     num_power_iterations: int = eqx.field(static=True)
@@ -201,7 +201,7 @@ class _SpectralConstraint(Constraint):
         return weight, start[None]
 
 
-class SpectralNormConstraint(_SpectralConstraint):
+class SpectralNormConstraint(SpectralConstraint):
     r"""Divides a layer's weight by its largest singular value: the layer computes with
     $c\, W / \sigma_1(W)$.
 
@@ -307,7 +307,7 @@ class SpectralNormConstraint(_SpectralConstraint):
         super().__init__(layer, weight_name, p, steps, input_shape, inference, key)
 
 
-class SpectralScaleConstraint(_SpectralConstraint):
+class SpectralScaleConstraint(SpectralConstraint):
     r"""Keeps the largest singular value of a layer's weight at most `cap`: the layer
     computes with
 
