@@ -214,11 +214,10 @@ class SpectralNormConstraint(SpectralConstraint):
     With `input_shape`, what is bounded is the norm of the layer as an operator: for a
     convolution the true one, with its stride, padding, dilation and groups, and not
     that of its kernel as a matrix, which is too small by up to the square root of the
-    kernel's number of pixels. It holds for images of that shape; larger ones are
-    stretched more, by 12 % at 64 × 64 if the shape is that of 16 × 16.
-    `input_shape="any"` bounds images of every size, by what the infinite image is
-    stretched at most. That is not attained, by as much as 0.4 % for images that are
-    large and more for those that are small.
+    kernel's number of pixels. It holds for images of that shape. Larger ones are
+    stretched more: by 1 to 12 % at 64 × 64, if the shape is 16 × 16.
+    `input_shape="any"` bounds images of every size, by what an infinite one is
+    stretched at most; large images come near to that, small ones less so.
 
     The gradient is $\frac{c}{\sigma_1} (G - \frac{1}{\sigma_1} \langle W, G \rangle\,
     u v^H)$, with the singular vectors as constants. A zero weight stays zero, with the
