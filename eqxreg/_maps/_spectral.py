@@ -15,10 +15,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Inexact
 
 from .._norms import anywhere, tolerance, wide_dtype, widen
 from .._polar import Way, cap
-from .._singular import (
-    Top,
-    fixed_vector,
-)
+from .._singular import Top, fixed_vector
 from ._bounds import Bound, StoredBound, bound_value, check_bound
 from ._factored import Factored, is_factorable
 from ._matrix import (
@@ -255,9 +252,9 @@ class SpectralScale(_SpectralScaling):
 
     Cheaper than [`eqxreg.SpectralCap`][], which is the nearest point of the same set.
     All else is as in [`eqxreg.SpectralNorm`][], and
-    [`eqxreg.SpectralScaleConstraint`][] is the one that remembers. Since the singular value is found from
-    below, the result may be above `cap` by the error of that, 1e-3 at most and far less
-    as a rule; with `method="gram"` it is never above.
+    [`eqxreg.SpectralScaleConstraint`][] is the one that remembers. Since the singular
+    value is found from below, the result may be above `cap` by the error of that, 1e-3
+    at most and far less as a rule; with `method="gram"` it is never above.
 
     !!! example
 
