@@ -15,10 +15,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Inexact
 
 from .._norms import anywhere, tolerance, wide_dtype, widen
 from .._polar import Way, cap
-from .._singular import (
-    Top,
-    fixed_vector,
-)
+from .._singular import Top, fixed_vector
 from ._bounds import Bound, StoredBound, bound_value, check_bound
 from ._factored import Factored, is_factorable
 from ._matrix import (
@@ -178,8 +175,8 @@ class SpectralNorm(_SpectralScaling):
 
     A convolution's kernel counts as the matrix of its filters, whose norm is less than
     that of the convolution, by a factor of up to the square root of the number of
-    pixels of the kernel. For the convolution itself use
-    [`eqxreg.SpectralNormConstraint`][] with its `input_shape`.
+    pixels of the kernel. For the convolution itself, at one size of images or at every
+    one, use [`eqxreg.SpectralNormConstraint`][] with its `input_shape`.
 
     !!! example
 
@@ -254,9 +251,10 @@ class SpectralScale(_SpectralScaling):
     $$W \mapsto W \min\left(1, \frac{c}{\sigma_1(W)}\right).$$
 
     Cheaper than [`eqxreg.SpectralCap`][], which is the nearest point of the same set.
-    All else is as in [`eqxreg.SpectralNorm`][]. Since the singular value is found from
-    below, the result may be above `cap` by the error of that, 1e-3 at most and far less
-    as a rule; with `method="gram"` it is never above.
+    All else is as in [`eqxreg.SpectralNorm`][], and
+    [`eqxreg.SpectralScaleConstraint`][] is the one that remembers. Since the singular
+    value is found from below, the result may be above `cap` by the error of that, 1e-3
+    at most and far less as a rule; with `method="gram"` it is never above.
 
     !!! example
 
