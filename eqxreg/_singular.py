@@ -10,9 +10,9 @@ a sharded weight are served by the same code:
 - `svd`: for matrices only; the reference.
 
 All of them give $u$ and $v$ with $A v = \sigma u$, and hence one derivative,
-$\mathrm{d}\sigma = \mathrm{Re}\, u^H\, \mathrm{d}A\, v$: `attained`. Those after it need
-the derivatives of $u$ and $v$: `moving`. Where several singular values are the largest,
-it is the derivative along one of their directions.
+$\mathrm{d}\sigma = \mathrm{Re}\, u^H\, \mathrm{d}A\, v$: `attained`. Those that follow
+need the derivatives of $u$ and $v$: `moving`. Where several singular values are the
+largest, it is the derivative along one of their directions.
 """
 
 import functools as ft
