@@ -226,17 +226,28 @@ def _output_shape(layer: Any, input_shape: tuple[int, ...], path: str) -> Shape:
     def call(x):
         return layer(x, key=jax.random.key(0)) if takes_key else layer(x)
 
-    x = jax.ShapeDtypeStruct(input_shape, jnp.float32)
-    try:
-        # The layers may be of another precision than the stand-in for the input.
-        with jax.numpy_dtype_promotion("standard"):
-            return tuple(jax.eval_shape(call, x).shape)
-    except Exception as error:
-        raise ValueError(
-            f"{_place(path)} cannot be called with an array of shape {input_shape}, "
-            "which is what `input_shape` leads to. It is the full shape without batch, "
-            f"`(channels, *spatial)`. The layer says: {error}"
-        ) from error
+    errors = []
+    for dtype in _input_dtypes(layer):
+        x = jax.ShapeDtypeStruct(input_shape, dtype)
+        try:
+            # What the layer adds to its input may be of yet another precision.
+            with jax.numpy_dtype_promotion("standard"):
+                return tuple(jax.eval_shape(call, x).shape)
+        except Exception as error:
+            errors.append(error)
+    raise ValueError(
+        f"{_place(path)} cannot be called with an array of shape {input_shape}, "
+        "which is what `input_shape` leads to. It is the full shape without batch, "
+        f"`(channels, *spatial)`. The layer says: {errors[0]}"
+    ) from errors[0]
+
+
+def _input_dtypes(layer: Any) -> list[jnp.dtype]:
+    """What the input of a layer may be: of a dtype of its arrays, and the first ones
+    first; or, if it has none, of any."""
+    arrays = filter(eqx.is_inexact_array, jax.tree.leaves(layer))
+    default = jnp.dtype(jnp.result_type(float))
+    return list(dict.fromkeys([*(a.dtype for a in arrays), default]))
 
 
 def _lambda(layer: eqx.nn.Lambda, input_shape: Shape, path: str) -> Bound:
