@@ -6,6 +6,8 @@ a sharded weight are served by the same code:
 - `power_step`: two products from a good start, as training has it; from below.
 - `lanczos`: from any start, a few dozen products; from below, to about 1e-6 as a rule
   and to 1e-4 where many singular values crowd at the top.
+- `settled`, in `_settled.py`: from a vector that may have been good once; to 1e-3, the
+  cheaper the better the vector.
 - `gram`: matrix products, for matrices only; from above, so that it certifies.
 - `svd`: for matrices only; the reference.
 
@@ -22,7 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Inexact, UInt32
+from jaxtyping import Array, Float, Inexact, Int, UInt32
 
 from ._norms import real_dtype, squared_magnitude, with_derivative_of
 
@@ -89,15 +91,19 @@ def start_vector(matrix: Inexact[Array, "m n"]) -> Inexact[Array, " n"]:
     return fixed_vector(matrix.shape[1], matrix.dtype)
 
 
-def fixed_vector(size: int, dtype) -> Inexact[Array, " n"]:
-    """A fixed unit vector that is special to no matrix, for it is pseudo-random."""
-    bits = _mixed(jnp.arange(size, dtype=jnp.uint32))
+def fixed_vector(
+    size: int, dtype, seed: UInt32[Array, ""] | int = 0
+) -> Inexact[Array, " n"]:
+    """A unit vector that is special to no matrix, for it is pseudo-random. No entry is
+    small, so that it is far from orthogonal to any axis."""
+    bits = _mixed(jnp.arange(size, dtype=jnp.uint32) ^ _mixed(jnp.uint32(seed)))
     # The upper 24 bits, as a number in [-1, 1).
     uniform = (bits >> 8).astype(real_dtype(dtype)) / 2**23 - 1
-    return unit(uniform.astype(dtype))[0]
+    entries = uniform + jnp.where(uniform < 0, -1, 1).astype(uniform.dtype)
+    return unit(entries.astype(dtype))[0]
 
 
-def _mixed(x: UInt32[Array, " n"]) -> UInt32[Array, " n"]:
+def _mixed(x: UInt32[Array, "*n"]) -> UInt32[Array, "*n"]:
     # The finaliser of MurmurHash3, https://github.com/aappleby/smhasher.
     x = x + jnp.uint32(0x9E3779B9)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
@@ -124,7 +130,7 @@ def power_step(linear: LinearMap, right: Inexact[Array, " n"]) -> Top:
     return Top(value, left, right)
 
 
-def _empty(m: int, n: int, dtype) -> Top:
+def empty_top(m: int, n: int, dtype) -> Top:
     """That of a map from or to a space of no dimensions, whose norm is zero."""
     zero = jnp.zeros((), real_dtype(dtype))
     return Top(zero, jnp.zeros(m, dtype), jnp.zeros(n, dtype))
@@ -182,7 +188,7 @@ def lanczos(
     """
     image = jax.eval_shape(linear.forward, start)
     if start.size == 0 or image.size == 0:
-        return _empty(image.size, start.size, start.dtype)
+        return empty_top(image.size, start.size, start.dtype)
     steps = min(steps, start.size)
 
     def cycle(carry):
@@ -210,25 +216,68 @@ def _krylov(
     """The unit vector of the Krylov space of `start` that is stretched most."""
 
     def extend(j, carry):
-        basis, images, v = carry
-        image = linear.forward(v)
-        basis, images = basis.at[j].set(v), images.at[j].set(image)
-        w, size = unit(linear.adjoint(unit(image)[0]))
-        # Twice is enough.
-        for _ in range(2):
-            w = w - matmul(matmul(jnp.conj(basis), w), basis)
-        w, left_over = unit(w)
-        # Of a space that is exhausted only rounding is left.
-        exhausted = (left_over < 100 * jnp.finfo(size.dtype).eps) | (size == 0)
-        return basis, images, jnp.where(exhausted, 0, w)
+        space, v = carry
+        space, v, _, _ = extended(linear, space, j, v)
+        return space, v
 
+    space = no_space(linear, start, steps)
+    space, _ = lax.fori_loop(0, steps, extend, (space, start))
+    return stretched_most(space)
+
+
+class Space(NamedTuple):
+    """Orthonormal vectors and what a linear map makes of them. Rows not yet filled are
+    zero."""
+
+    basis: Inexact[Array, "k n"]
+    images: Inexact[Array, "k m"]
+
+    def with_vector(self, j, v: Array, image: Array) -> "Space":
+        return Space(self.basis.at[j].set(v), self.images.at[j].set(image))
+
+
+def no_space(linear: LinearMap, start: Inexact[Array, " n"], size: int) -> Space:
     image = jax.eval_shape(linear.forward, start)
-    basis = jnp.zeros((steps, *start.shape), start.dtype)
-    images = jnp.zeros((steps, *image.shape), image.dtype)
-    basis, images, _ = lax.fori_loop(0, steps, extend, (basis, images, start))
-    images = images / _size_or_one(images)
+    basis = jnp.zeros((size, *start.shape), start.dtype)
+    return Space(basis, jnp.zeros((size, *image.shape), image.dtype))
+
+
+def extended(
+    linear: LinearMap, space: Space, j: Int[Array, ""], v: Inexact[Array, " n"]
+) -> tuple[Space, Inexact[Array, " n"], Float[Array, ""], Float[Array, ""]]:
+    r"""The space with a `j`-th vector $v$ in it, the unit vector that comes next, and
+    the norms of $A v$ and of what is new in $A^H A v / \lVert A v \rVert$. If nothing
+    is, as of a space that is exhausted, the vector is zero."""
+    image = linear.forward(v)
+    space = space.with_vector(j, v, image)
+    left, length = unit(image)
+    following, size = unit(linear.adjoint(left))
+    following, new = outside(space.basis, following)
+    return space, following, length, size * new
+
+
+def outside(
+    basis: Inexact[Array, "k n"], v: Inexact[Array, " n"]
+) -> tuple[Inexact[Array, " n"], Float[Array, ""]]:
+    """The part of a unit vector that is orthogonal to all of `basis`, at norm one, and
+    its norm. If only rounding is left, it is zero."""
+
+    def orthogonal(v: Array) -> tuple[Array, Array]:
+        return unit(v - matmul(matmul(jnp.conj(basis), v), basis))
+
+    # Twice is enough.
+    v, first = orthogonal(v)
+    v, second = orthogonal(v)
+    norm = first * second
+    is_rounding = norm < 10 * jnp.finfo(norm.dtype).eps
+    return jnp.where(is_rounding, 0, v), jnp.where(is_rounding, 0, norm)
+
+
+def stretched_most(space: Space) -> Inexact[Array, " n"]:
+    """The unit vector of a space that is stretched most."""
+    images = space.images / _size_or_one(space.images)
     weights = _top_eigenvector(matmul(jnp.conj(images), images.T))
-    return unit(matmul(weights, basis))[0]
+    return unit(matmul(weights, space.basis))[0]
 
 
 def _top_eigenvector(matrix: Inexact[Array, "n n"]) -> Inexact[Array, " n"]:
@@ -275,7 +324,7 @@ def gram(matrix: Inexact[Array, "m n"], rtol: float = 2e-5) -> Top:
         Allauzen, 2023.
     """
     if matrix.size == 0:
-        return _empty(matrix.shape[0], matrix.shape[1], matrix.dtype)
+        return empty_top(matrix.shape[0], matrix.shape[1], matrix.dtype)
     if matrix.shape[0] < matrix.shape[1]:
         return gram(adjoint(matrix), rtol).flipped
     rows, size = matrix.shape
@@ -313,7 +362,7 @@ def gram(matrix: Inexact[Array, "m n"], rtol: float = 2e-5) -> Top:
 def svd(matrix: Inexact[Array, "m n"]) -> Top:
     """By the singular value decomposition."""
     if matrix.size == 0:
-        return _empty(matrix.shape[0], matrix.shape[1], matrix.dtype)
+        return empty_top(matrix.shape[0], matrix.shape[1], matrix.dtype)
     peak = _size_or_one(matrix)
     # LAPACK might not return from an infinity.
     finite = jnp.all(jnp.isfinite(matrix))

@@ -17,7 +17,7 @@ from ._linear import check_fits, check_input_shape, linear_part
 from ._maps import SpectralNorm
 from ._maps._bounds import Bound
 from ._maps._matrix import automatically_measured, over_blocks, to_matrices
-from ._maps._scale_norm import Measure, cold, frozen, scale_norm, warm
+from ._maps._scale_norm import Measure, cold, scale_norm, sure, warm
 from ._norms import anywhere, per_layer, squared_magnitude, widen
 from ._paths import names_of, parse
 from ._singular import LinearMap, fixed_vector, of_matrix, search, unit
@@ -227,13 +227,13 @@ class SpectralNormConstraint(Constraint):
         linear = self._linear(names_of(self.weight_name)[i], owner)
         if state is None:
             return self._anew(i, linear, raw), None
-        is_frozen = self.inference if inference is None else inference
+        is_inference = self.inference if inference is None else inference
         steps = self.num_power_iterations
-        measure = frozen(linear) if is_frozen else warm(steps, linear)
+        measure = sure(linear) if is_inference else warm(steps, linear)
         index = self._memories[i]
         memory = state.get(index)
         starts = memory.vectors
-        if not is_frozen:
+        if not is_inference:
             starts = self._started(i, linear, raw, memory)
         weight, vectors = None, starts
         if to_multiply and self.input_shape is None:
@@ -241,7 +241,7 @@ class SpectralNormConstraint(Constraint):
         if weight is None:
             measured = lambda raw, starts: self._measured(i, raw, measure, starts)
             weight, vectors = per_layer(measured, raw, self._rank(i), starts)
-        if is_frozen:
+        if is_inference:
             return weight, state
         return weight, state.set(index, memory.after(vectors))
 

@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact
 
 from .._norms import narrow, widen
+from .._settled import settled
 from .._singular import (
     LinearMap,
     Top,
@@ -151,9 +152,8 @@ def _power(
     return power_iteration(linear(weight), start, steps)
 
 
-def _frozen(linear: Callable[[Array], LinearMap], weight: Array, start: Array) -> Top:
-    left, value = unit(linear(weight).forward(start))
-    return Top(value, left, start)
+def _settled(linear: Callable[[Array], LinearMap], weight: Array, start: Array) -> Top:
+    return settled(linear(weight), start)
 
 
 ESTIMATORS: dict[str, Measure] = {
@@ -173,9 +173,9 @@ def warm(steps: int, linear: Callable[[Array], LinearMap] = of_matrix) -> Measur
     return _warm(steps) if linear is of_matrix else _by(_power, linear, steps)
 
 
-def frozen(linear: Callable[[Array], LinearMap] = of_matrix) -> Measure:
-    """By the vector that was found, unchanged."""
-    return _FROZEN if linear is of_matrix else _by(_frozen, linear)
+def sure(linear: Callable[[Array], LinearMap] = of_matrix) -> Measure:
+    """From a vector that may have been good once: to 1e-3, whatever it is."""
+    return _SURE if linear is of_matrix else _by(_settled, linear)
 
 
 def _by(top: Callable, linear: Callable[[Array], LinearMap], *args: int) -> Measure:
@@ -183,7 +183,7 @@ def _by(top: Callable, linear: Callable[[Array], LinearMap], *args: int) -> Meas
 
 
 # One object for each, for what is compiled is kept by measure.
-_FROZEN = _by(_frozen, of_matrix)
+_SURE = _by(_settled, of_matrix)
 
 
 @ft.cache
@@ -215,8 +215,8 @@ def block_values(measure, matrices, starts):
     return over_blocks(value, matrices, starts)
 
 
-# From a vector that was good before the last few updates.
-WARM_LANCZOS = Measure(
-    of_matrix,
-    lambda weight, start: from_start(of_matrix(weight), start, steps=6),
-)
+@ft.partial(jax.jit, inline=True)
+def settled_blocks(bound, matrices, starts):
+    """The largest singular values, where they are not well below a bound."""
+    top = lambda matrix, start: settled(of_matrix(matrix), start, enough=bound)
+    return over_blocks(top, matrices, starts)
