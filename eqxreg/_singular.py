@@ -216,44 +216,47 @@ def _krylov(
     """The unit vector of the Krylov space of `start` that is stretched most."""
 
     def extend(j, carry):
-        space, v = carry
-        space, v, _, _ = extended(linear, space, j, v)
-        return space, v
+        basis, images, v = carry
+        basis, image, v, _, _ = extended(linear, basis, j, v)
+        return basis, images.at[j].set(image), v
 
-    space = no_space(linear, start, steps)
-    space, _ = lax.fori_loop(0, steps, extend, (space, start))
-    return stretched_most(space)
+    image = jax.eval_shape(linear.forward, start)
+    basis = jnp.zeros((steps, *start.shape), start.dtype)
+    images = jnp.zeros((steps, *image.shape), image.dtype)
+    basis, images, _ = lax.fori_loop(0, steps, extend, (basis, images, start))
+    images = images / _size_or_one(images)
+    weights = top_eigenvector(matmul(jnp.conj(images), images.T))
+    return unit(matmul(weights, basis))[0]
 
 
-class Space(NamedTuple):
-    """Orthonormal vectors and what a linear map makes of them. Rows not yet filled are
-    zero."""
+class Extended(NamedTuple):
+    """A Krylov space with one more vector $v$ in it."""
 
     basis: Inexact[Array, "k n"]
-    images: Inexact[Array, "k m"]
-
-    def with_vector(self, j, v: Array, image: Array) -> "Space":
-        return Space(self.basis.at[j].set(v), self.images.at[j].set(image))
-
-
-def no_space(linear: LinearMap, start: Inexact[Array, " n"], size: int) -> Space:
-    image = jax.eval_shape(linear.forward, start)
-    basis = jnp.zeros((size, *start.shape), start.dtype)
-    return Space(basis, jnp.zeros((size, *image.shape), image.dtype))
+    """Orthonormal vectors. Rows not yet filled are zero."""
+    image: Inexact[Array, " m"]
+    """$A v$."""
+    following: Inexact[Array, " n"]
+    """The unit vector that comes next; zero if the space is exhausted."""
+    length: Float[Array, ""]
+    r"""$\lVert A v \rVert$."""
+    new: Float[Array, ""]
+    r"""The norm of the part of $A^H A v / \lVert A v \rVert$ outside of the space."""
 
 
 def extended(
-    linear: LinearMap, space: Space, j: Int[Array, ""], v: Inexact[Array, " n"]
-) -> tuple[Space, Inexact[Array, " n"], Float[Array, ""], Float[Array, ""]]:
-    r"""The space with a `j`-th vector $v$ in it, the unit vector that comes next, and
-    the norms of $A v$ and of what is new in $A^H A v / \lVert A v \rVert$. If nothing
-    is, as of a space that is exhausted, the vector is zero."""
+    linear: LinearMap,
+    basis: Inexact[Array, "k n"],
+    j: Int[Array, ""],
+    v: Inexact[Array, " n"],
+) -> Extended:
+    """A Krylov space with `v` in its `j`-th row."""
     image = linear.forward(v)
-    space = space.with_vector(j, v, image)
+    basis = basis.at[j].set(v)
     left, length = unit(image)
     following, size = unit(linear.adjoint(left))
-    following, new = outside(space.basis, following)
-    return space, following, length, size * new
+    following, new = outside(basis, following)
+    return Extended(basis, image, following, length, size * new)
 
 
 def outside(
@@ -273,14 +276,7 @@ def outside(
     return jnp.where(is_rounding, 0, v), jnp.where(is_rounding, 0, norm)
 
 
-def stretched_most(space: Space) -> Inexact[Array, " n"]:
-    """The unit vector of a space that is stretched most."""
-    images = space.images / _size_or_one(space.images)
-    weights = _top_eigenvector(matmul(jnp.conj(images), images.T))
-    return unit(matmul(weights, space.basis))[0]
-
-
-def _top_eigenvector(matrix: Inexact[Array, "n n"]) -> Inexact[Array, " n"]:
+def top_eigenvector(matrix: Inexact[Array, "n n"]) -> Inexact[Array, " n"]:
     """Of a small positive semidefinite matrix, by squaring it over and over. If several
     eigenvalues are the largest, some vector of theirs."""
 

@@ -70,8 +70,15 @@ class SpectralNormConstraint(Constraint):
     Like `eqx.nn.SpectralNorm` it is stateful, called as `(out, state) = layer(x,
     state)`: the singular vectors are remembered, and each call in training improves
     them by a step of power iteration. They start as those of the weight that is
-    wrapped, found to about 1e-6, so that the first call is as good as all others. Under
-    `eqx.nn.inference_mode` they are frozen.
+    wrapped, found to about 1e-6, so that the first call is as good as all others.
+
+    In inference, under `eqx.nn.inference_mode` and in [`eqxreg.bake`][], the state is
+    where a search starts, and no more: $\sigma_1$ is found to a relative error of 1e-3
+    whatever the vectors are, of this weight or of another, averaged or zero. Every call
+    gives the same bits, and the vectors stay as they are. From good ones a call takes
+    12 products where all other singular values are less than half as large, 35 where
+    they come within a tenth, and about 100 where they crowd at the top, as those of
+    convolutions do; from others, 50 to 150 more. A baked model pays nothing per call.
 
     With `input_shape`, what is bounded is the norm of the layer as an operator: for a
     convolution the true one, with its stride, padding, dilation and groups, and not
@@ -149,8 +156,8 @@ class SpectralNormConstraint(Constraint):
             operator. Defaults to none: the norm of the weight as a matrix. (Keyword
             only argument.)
         - `blocks`: as in [`eqxreg.SpectralNorm`][]. (Keyword only argument.)
-        - `inference`: whether the vectors are frozen; `eqx.nn.inference_mode` sets it.
-            (Keyword only argument.)
+        - `inference`: whether the vectors stay as they are and the singular value is
+            searched for; `eqx.nn.inference_mode` sets it. (Keyword only argument.)
         - `key`: a `jax.random.key`, for the vectors to start from. (Keyword only
             argument.)
 

@@ -2,8 +2,8 @@ r"""Weights scaled so that a norm that is a largest singular value is as planned
 
 A plan of `_rescale.py` says what the norm is to be, as it does for the norm maps; what
 differs is the norm and its derivative. A `Measure` says what norm it is and how it is
-found: of a matrix or of any linear map that the weight makes, anew or from a vector
-that was good a moment ago.
+found: of a matrix or of any linear map that the weight makes; anew, from a vector that
+was good a moment ago, or from one that may have been.
 """
 
 import functools as ft
