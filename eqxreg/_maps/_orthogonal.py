@@ -20,6 +20,7 @@ from .._norms import (
 )
 from .._polar import Way, as_tall, gram_of, orthogonality_error, polar
 from .._singular import adjoint, matmul
+from ._checks import check_method
 from ._matrix import (
     MatrixMap,
     MatrixProjection,
@@ -30,7 +31,6 @@ from ._matrix import (
     on_matrices,
     to_matrices,
 )
-from ._spectral import check_method
 
 
 class Orthogonal(MatrixProjection):

@@ -2,8 +2,8 @@ r"""Weights scaled so that a norm that is a largest singular value is as planned
 
 A plan of `_rescale.py` says what the norm is to be, as it does for the norm maps; what
 differs is the norm and its derivative. A `Measure` says what norm it is and how it is
-found: of a matrix or of any linear map that the weight makes, anew or from a vector
-that was good a moment ago.
+found: of a matrix or of any linear map that the weight makes; anew, from a vector that
+was good a moment ago, or from one that may have been.
 """
 
 import functools as ft
@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact
 
 from .._norms import narrow, widen
+from .._settled import settled
 from .._singular import (
     LinearIn,
     LinearMap,
@@ -149,9 +150,8 @@ def _power(steps: int, linear: LinearIn, weight: Array, start: Array) -> Top:
     return power_iteration(linear(weight), start, steps)
 
 
-def _frozen(linear: LinearIn, weight: Array, start: Array) -> Top:
-    left, value = unit(linear(weight).forward(start))
-    return Top(value, left, start)
+def _settled(linear: LinearIn, weight: Array, start: Array) -> Top:
+    return settled(linear(weight), start)
 
 
 ESTIMATORS: dict[str, Measure] = {
@@ -171,9 +171,9 @@ def warm(steps: int, linear: LinearIn = of_matrix) -> Measure:
     return _warm(steps) if linear is of_matrix else _by(_power, linear, steps)
 
 
-def frozen(linear: LinearIn = of_matrix) -> Measure:
-    """By the vector that was found, unchanged."""
-    return _FROZEN if linear is of_matrix else _by(_frozen, linear)
+def sure(linear: LinearIn = of_matrix) -> Measure:
+    """From a vector that may have been good once: to 1e-3, whatever it is."""
+    return _SURE if linear is of_matrix else _by(_settled, linear)
 
 
 def _by(top: Callable, linear: LinearIn, *args: int) -> Measure:
@@ -181,7 +181,7 @@ def _by(top: Callable, linear: LinearIn, *args: int) -> Measure:
 
 
 # One object for each, for what is compiled is kept by measure.
-_FROZEN = _by(_frozen, of_matrix)
+_SURE = _by(_settled, of_matrix)
 
 
 @ft.cache
@@ -213,8 +213,8 @@ def block_values(measure, matrices, starts):
     return over_blocks(value, matrices, starts)
 
 
-# From a vector that was good before the last few updates.
-WARM_LANCZOS = Measure(
-    of_matrix,
-    lambda weight, start: from_start(of_matrix(weight), start, steps=6),
-)
+@ft.partial(jax.jit, inline=True)
+def settled_blocks(bound, matrices, starts):
+    """The largest singular values, where they are not well below a bound."""
+    top = lambda matrix, start: settled(of_matrix(matrix), start, enough=bound)
+    return over_blocks(top, matrices, starts)

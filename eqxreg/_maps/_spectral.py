@@ -5,7 +5,7 @@ does it. `SpectralCap` moves each singular value by itself.
 """
 
 import abc
-from typing import Any, ClassVar, get_args
+from typing import ClassVar, get_args
 
 import equinox as eqx
 import jax
@@ -17,6 +17,7 @@ from .._norms import anywhere, tolerance, wide_dtype, widen
 from .._polar import Way, cap
 from .._singular import Top, fixed_vector
 from ._bounds import Bound, StoredBound, bound_value, check_bound
+from ._checks import check_method
 from ._factored import Factored, is_factorable
 from ._matrix import (
     MatrixProjection,
@@ -28,13 +29,11 @@ from ._matrix import (
     check_matrix,
     from_matrices,
     on_matrices,
-    over_blocks,
     to_matrices,
 )
 from ._rescale import at_most, exactly
 from ._scale_norm import (
     ESTIMATORS,
-    WARM_LANCZOS,
     Estimator,
     Measure,
     Target,
@@ -42,17 +41,10 @@ from ._scale_norm import (
     block_values,
     next_start,
     scaled_blocks,
+    settled_blocks,
+    sure,
+    warm,
 )
-
-
-def check_method(method: Any, known: tuple[str, ...], default: str) -> Any:
-    """`method`, or an error that lists the ones there are."""
-    if method not in (None, *known):
-        names = ", ".join(f'"{name}"' for name in known)
-        raise ValueError(
-            f"`method` must be {names} or None ({default}), got {method!r}."
-        )
-    return method
 
 
 class _SpectralScaling(MatrixProjection):
@@ -130,14 +122,10 @@ class _SpectralScaling(MatrixProjection):
         return self.measured(weight, measure, cold_start)[1]
 
     def _step(self, weight, start):
-        return self.measured(weight, WARM_LANCZOS, start)
+        return self.measured(weight, sure(), start)
 
     def _matrices(self, weight: Array) -> Array:
         return to_matrices(weight, self.matrix, self.blocks)
-
-    def top(self, weight: Array, measure: Measure, starts: Array) -> Top:
-        """The largest singular values of the matrices, and their vectors."""
-        return over_blocks(measure.top, widen(self._matrices(weight)), starts)
 
     def singular_values(self, weight: Inexact[Array, "..."]) -> Float[Array, " blocks"]:
         """The largest singular value of each matrix."""
@@ -304,6 +292,24 @@ class SpectralScale(_SpectralScaling):
         values = self.singular_values(weight)
         return jnp.all(values <= bound_value(self.cap, values.dtype) * (1 + tol))
 
+    # Much of the time a projection after the update finds a matrix that is well inside,
+    # and a few products are enough to see that. So it is for `SpectralCap`.
+
+    def _step(self, weight, start):
+        def step(weight, start):
+            top = self.tops(weight, start)
+            start = jax.vmap(next_start)(top, start)
+            return self.measured(weight, warm(1), start)
+
+        return automatically_sharded(step, weight, start)
+
+    def tops(self, weight: Array, starts: Array) -> Top:
+        """The largest singular values of the matrices, where they are not well below
+        the bound, and their vectors."""
+        matrices = lax.stop_gradient(widen(self._matrices(weight)))
+        bound = bound_value(self.cap, wide_dtype(weight.dtype))
+        return settled_blocks(bound, matrices, starts)
+
 
 class SpectralCap(MatrixProjection):
     r"""The weights with all singular values at most `cap`: those above it are lowered
@@ -378,15 +384,12 @@ class SpectralCap(MatrixProjection):
     def _sizes(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
         return self._scaling._sizes(weight)
 
-    # Much of the time a projection after the update finds a matrix that is well inside,
-    # and a few products from a good start are enough to see that.
-
     def _start(self, weight):
         return self._scaling._start(weight)
 
     def _step(self, weight, start):
         def step(weight, start):
-            top = self._scaling.top(weight, WARM_LANCZOS, start)
+            top = self._scaling.tops(weight, start)
             bound = bound_value(self.cap, top.value.dtype)
             near = anywhere(jnp.any(~(top.value < 0.9 * bound)))
             # Not `self`, which has no hash if its bound is traced.
