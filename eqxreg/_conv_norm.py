@@ -19,8 +19,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
+from ._attained import attained
 from ._norms import real_dtype, widen
-from ._singular import LinearMap, Top, attained, gram, matmul, of_matrix
+from ._singular import LinearMap, Top, gram, matmul, of_matrix
 
 
 # Points on the grid for each degree of the symbol, by the number of axes along which it

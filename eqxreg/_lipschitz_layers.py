@@ -17,10 +17,11 @@ from jax import lax
 from jaxtyping import Array, Float, Inexact
 
 from ._activations import GroupSort, MaxMin
+from ._attained import attained
 from ._conv_norm import lattice_norm, or_fault
 from ._convolutions import convolution_of, repeats
 from ._norms import widen
-from ._singular import attained, gram, of_matrix
+from ._singular import gram, of_matrix
 from ._slopes import NoBound, Shape
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
+from ._attained import attained
 from ._conv_norm import lattice_norm
 from ._convolutions import CONVOLUTIONS, convolution_of
 from ._layers import is_wrapper
@@ -18,7 +19,7 @@ from ._maps._matrix import RowAxes
 from ._maps._scale_norm import Estimator, from_start
 from ._model import bake
 from ._norms import real_dtype, widen
-from ._singular import attained, fixed_vector
+from ._singular import fixed_vector
 
 
 def spectral_norm(

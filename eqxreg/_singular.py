@@ -12,16 +12,15 @@ a sharded weight are served by the same code:
 - `svd`: for matrices only; the reference.
 
 All of them give $u$ and $v$ with $A v = \sigma u$, and hence one derivative,
-$\mathrm{d}\sigma = \mathrm{Re}\, u^H\, \mathrm{d}A\, v$: `attained`. Those that follow
-need the derivatives of $u$ and $v$: `moving`. Where several singular values are the
-largest, it is the derivative along one of their directions.
+$\mathrm{d}\sigma = \mathrm{Re}\, u^H\, \mathrm{d}A\, v$, of which `_attained.py` makes
+all. Where several singular values are the largest, it is the derivative along one of
+their directions.
 """
 
 import functools as ft
 import math
-import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -115,111 +114,6 @@ def _mixed(x: UInt32[Array, "*n"]) -> UInt32[Array, "*n"]:
 
 LinearIn: TypeAlias = Callable[[Array], LinearMap]
 """A linear map that a weight makes, and on which it depends linearly."""
-
-
-def attained(
-    linear: LinearIn, weight: Inexact[Array, "..."], top: Top
-) -> Float[Array, ""]:
-    """`top.value`, an estimate of the norm of `linear(weight)`, with the derivatives of
-    the largest singular value in the weight."""
-    return _attained(linear, weight, lax.stop_gradient(top))
-
-
-@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attained(linear, weight, top):
-    return top.value
-
-
-@_attained.defjvp
-def _(linear, primals, tangents):
-    (weight, top), (tangent, _) = primals, tangents
-    left, right = moving(linear, weight, top)
-    change = jnp.sum(jnp.real(jnp.conj(left) * linear(tangent).forward(right)))
-    return _attained(linear, weight, top), change
-
-
-def moving(
-    linear: LinearIn, weight: Inexact[Array, "..."], top: Top
-) -> tuple[Inexact[Array, " m"], Inexact[Array, " n"]]:
-    r"""`top.left` and `top.right`, with their derivatives in the weight. With $q$ for
-    both, one above the other, $J$ for the map with its adjoint, which swaps them, and
-    $H$ for the change of $J$, what is orthogonal to $q$ of
-
-    $$(\sigma - J)\, \mathrm{d}q = (H - \mathrm{d}\sigma)\, q.$$
-
-    Vectors that belong to the same singular value turn into each other by no more than
-    a finite angle. In first derivatives of a norm nothing of this is computed."""
-    return _moving(linear, weight, lax.stop_gradient(top))
-
-
-@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _moving(linear, weight, top):
-    return top.left, top.right
-
-
-@_moving.defjvp
-def _(linear, primals, tangents):
-    (weight, top), (tangent, _) = primals, tangents
-    constant = linear(lax.stop_gradient(weight))
-    # Vectors that were good enough for a norm need not be for their own derivatives.
-    eps = float(jnp.finfo(top.value.dtype).eps)
-    fine = lanczos(constant, top.right, tol=8 * eps, cycles=32)
-    value = _attained(linear, weight, fine)
-    pair = _moving(linear, weight, fine)
-    here, along = linear(weight), linear(tangent)
-    swapped = lambda of, x: (of.forward(x[1]), of.adjoint(x[0]))
-    forces = swapped(along, pair)
-    slope = jnp.sum(jnp.real(jnp.conj(pair[0]) * forces[0])).astype(pair[0].dtype)
-
-    def system(x: tuple[Array, Array]) -> tuple[Array, Array]:
-        share = _inner(pair, x) / 2
-        size = value.astype(share.dtype)
-        added = lambda x, q, image: size * (x + share * q) - image
-        return jax.tree.map(added, x, pair, swapped(here, x))
-
-    solve = ft.partial(_conjugate_gradients, floor=fine.value * 100 * eps)
-    force = jax.tree.map(lambda h, q: h - slope * q, forces, pair)
-    change = lax.custom_linear_solve(system, force, solve, solve)
-    return _moving(linear, weight, top), change
-
-
-def _inner(x: Any, y: Any) -> Inexact[Array, ""]:
-    products = jax.tree.map(lambda a, b: jnp.sum(jnp.conj(a) * b), x, y)
-    return jax.tree.reduce(operator.add, products)
-
-
-def _conjugate_gradients(
-    system: Callable[[Any], Any], known: Any, *, floor: Float[Array, ""]
-) -> Any:
-    """The solution of a positive semidefinite system, but for directions in which it is
-    not above `floor`."""
-    size = lambda x: jnp.real(_inner(x, x))
-    plus = lambda x, factor, y: jax.tree.map(
-        lambda a, b: a + factor.astype(a.dtype) * b, x, y
-    )
-    total = sum(leaf.size for leaf in jax.tree.leaves(known))
-    eps = float(jnp.finfo(floor.dtype).eps)
-
-    def unfinished(carry):
-        count, _, left_over, _, is_regular = carry
-        large = size(left_over) > (4 * eps) ** 2 * size(known)
-        return (count < min(4 * total, 2000)) & large & is_regular
-
-    def step(carry):
-        count, x, left_over, direction, _ = carry
-        image = system(direction)
-        stretch = jnp.real(_inner(direction, image))
-        is_regular = stretch > floor * size(direction)
-        rate = jnp.where(
-            is_regular, size(left_over) / jnp.where(is_regular, stretch, 1), 0
-        )
-        x, new = plus(x, rate, direction), plus(left_over, -rate, image)
-        ratio = size(new) / size(left_over)
-        return count + 1, x, new, plus(new, ratio, direction), is_regular
-
-    zero = jax.tree.map(jnp.zeros_like, known)
-    carry = (jnp.zeros((), jnp.int32), zero, known, known, jnp.asarray(True))
-    return lax.while_loop(unfinished, step, carry)[1]
 
 
 def power_step(linear: LinearMap, right: Inexact[Array, " n"]) -> Top:

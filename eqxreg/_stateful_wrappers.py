@@ -24,7 +24,7 @@ from ._linear import (
 )
 from ._maps import SpectralNorm, SpectralScale
 from ._maps._bounds import Bound
-from ._maps._scale_norm import Measure, cold, scale_norm, warm
+from ._maps._scale_norm import Measure, cold, scale_norm, sure, warm
 from ._memory import Memory, search_if_due, search_matrices
 from ._norms import per_layer, widen
 from ._paths import names_of, parse

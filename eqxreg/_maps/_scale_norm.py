@@ -15,16 +15,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact
 
+from .._attained import attained, moving
 from .._norms import narrow, widen
 from .._settled import settled
 from .._singular import (
     LinearIn,
     LinearMap,
     Top,
-    attained,
     gram,
     lanczos,
-    moving,
     of_matrix,
     power_iteration,
     svd,

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact
 
+from .._cap import cap
 from .._norms import anywhere, tolerance, wide_dtype, widen
-from .._polar import Way, cap
+from .._polar import Way
 from .._singular import Top, fixed_vector
 from ._bounds import Bound, StoredBound, bound_value, check_bound
 from ._checks import check_method
