@@ -227,8 +227,8 @@ class SpectralNormConstraint(SpectralConstraint):
     stretched at most; large images come near to that, small ones less so.
 
     The gradient is $\frac{c}{\sigma_1} (G - \frac{1}{\sigma_1} \langle W, G \rangle\,
-    u v^H)$, with the singular vectors as constants. A zero weight stays zero, with the
-    gradient of the identity.
+    u v^H)$, as if the vectors were exact. A zero weight stays zero, with the gradient
+    of the identity.
 
     The power iteration is two products, whose second one $\sigma_1$ is read off. Since
     a single vector may miss a direction that overtakes it, some calls search a Krylov

@@ -159,8 +159,8 @@ class SpectralNorm(_SpectralScaling):
     two, for it remembers the singular vectors.
 
     The gradient is $\frac{c}{\sigma_1} (G - \frac{1}{\sigma_1} \langle W, G \rangle\,
-    u_1 v_1^H)$. Singular vectors count as constants in second derivatives. A zero
-    weight stays zero, with the gradient of the identity.
+    u_1 v_1^H)$, and has gradients itself. A zero weight stays zero, with the gradient
+    of the identity.
 
     A convolution's kernel counts as the matrix of its filters, whose norm is less than
     that of the convolution, by a factor of up to the square root of the number of
