@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Bool, Float, Inexact
 
-from ._singular import LinearIn, Top, lanczos
+from ._singular import LinearIn, LinearMap, Top, fixed_vector, lanczos, unit
 
 
 def attained(
@@ -48,8 +48,8 @@ def moving(
 
     $$(\sigma - J)\, \mathrm{d}q = (H - \mathrm{d}\sigma)\, q.$$
 
-    Vectors that belong to the same singular value turn into each other by no more than
-    a finite angle. In first derivatives of a norm nothing of this is computed."""
+    If $\sigma$ is not simple, the vectors have no derivative, and count as constants.
+    In first derivatives of a norm nothing of this is computed."""
     return _moving(linear, weight, lax.stop_gradient(top))
 
 
@@ -79,9 +79,23 @@ def _(linear, primals, tangents):
         return jax.tree.map(added, x, pair, swapped(here, x))
 
     solve = ft.partial(_conjugate_gradients, floor=fine.value * 100 * eps)
-    force = jax.tree.map(lambda h, q: h - slope * q, forces, pair)
+    is_simple = _is_simple(constant, fine)
+    force = lambda h, q: jnp.where(is_simple, h - slope * q, 0)
+    force = jax.tree.map(force, forces, pair)
     change = lax.custom_linear_solve(system, force, solve, solve)
     return _moving(linear, weight, top), change
+
+
+def _is_simple(linear: LinearMap, top: Top) -> Bool[Array, ""]:
+    """Whether no other singular value is as large, to rounding."""
+    eps = float(jnp.finfo(top.value.dtype).eps)
+    left_out = lambda x: x - _inner(top.right, x) * top.right
+    others = LinearMap(
+        lambda x: linear.forward(left_out(x)), lambda y: left_out(linear.adjoint(y))
+    )
+    start = left_out(fixed_vector(top.right.size, top.right.dtype))
+    second = lanczos(others, unit(start)[0], tol=8 * eps).value
+    return top.value - second > 100 * eps * top.value
 
 
 def _inner(x: Any, y: Any) -> Inexact[Array, ""]:

@@ -76,6 +76,7 @@ def _scaled(matrices: Matrices) -> _Scaled:
     info = jnp.finfo(wide.dtype)
     # The powers of two whose inverses are normal numbers too.
     peak = jnp.max(jnp.abs(lax.stop_gradient(wide)), axis=axes, keepdims=True)
+    peak = jnp.where(peak > 0, peak, 1)
     peak = jnp.clip(peak, float(info.tiny), float(2.0 ** (info.maxexp - 2)))
     scale = lax.reduce_precision(peak, exponent_bits=info.nexp, mantissa_bits=0)
     return _Scaled(wide * (1 / scale).astype(wide.dtype), scale, finite)
