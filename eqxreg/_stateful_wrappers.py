@@ -215,7 +215,7 @@ class SpectralNormConstraint(SpectralConstraint):
     whatever the vectors are, of this weight or of another, averaged or zero. Every call
     gives the same bits, and the vectors stay as they are. From good ones a call takes
     12 products where all other singular values are less than half as large, 35 where
-    they come within a tenth, and about 100 where they crowd at the top, as those of
+    they come within a tenth, and about 160 where they crowd at the top, as those of
     convolutions do; from others, 50 to 150 more. A baked model pays nothing per call.
 
     With `input_shape`, what is bounded is the norm of the layer as an operator: for a
