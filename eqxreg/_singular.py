@@ -40,6 +40,14 @@ class LinearMap(NamedTuple):
     def flipped(self) -> "LinearMap":
         return LinearMap(self.adjoint, self.forward)
 
+    def scaled(self, factor: Float[Array, ""]) -> "LinearMap":
+        """The map times a number, which only the vectors are multiplied by."""
+
+        def times(fn: Callable[[Array], Array]) -> Callable[[Array], Array]:
+            return lambda x: fn(x * factor.astype(x.dtype))
+
+        return LinearMap(times(self.forward), times(self.adjoint))
+
 
 class Top(NamedTuple):
     """The largest singular value, or an estimate, with its unit vectors. Of a map that
@@ -184,24 +192,35 @@ def lanczos(
     if start.size == 0 or image.size == 0:
         return empty_top(image.size, start.size, start.dtype)
     steps = min(steps, start.size)
+    info = jnp.finfo(start.dtype)
+    far = 2.0 ** (info.maxexp // 2)
 
     def cycle(carry):
-        count, top, _ = carry
-        right = _krylov(linear, top.right, steps)
-        left, value = unit(linear.forward(right))
-        image = linear.adjoint(left)
+        count, scale, top, _ = carry
+        near = linear.scaled(scale)
+        right = _krylov(near, top.right, steps)
+        left, value = unit(near.forward(right))
+        image = near.adjoint(left)
         residual = unit(image - value.astype(image.dtype) * right)[1]
         right, value = unit(image)
-        return count + 1, Top(value, left, right), residual
+        # What overflows, or is lost below the normal numbers, is looked at again from
+        # nearer or further. The weight itself is not touched.
+        huge, tiny = ~jnp.isfinite(value), value < float(info.tiny) / float(info.eps)
+        again = (scale == 1) & (huge | tiny)
+        scale = jnp.where(again, jnp.where(huge, 1 / far, far), scale)
+        top = Top(value, left, jnp.where(again, start, right))
+        return count + 1, scale, top, jnp.where(again, jnp.inf, residual)
 
     def unfinished(carry):
-        count, top, residual = carry
-        return (count == 0) | ((count < cycles) & (residual > tol * top.value))
+        count, _, top, residual = carry
+        unsettled = (residual > tol * top.value) | jnp.isposinf(residual)
+        return (count == 0) | ((count < cycles) & unsettled)
 
     left = jnp.zeros_like(image)
     zero = jnp.zeros((), real_dtype(start.dtype))
-    carry = (jnp.zeros((), jnp.int32), Top(zero, left, start), zero)
-    return lax.while_loop(unfinished, cycle, carry)[1]
+    carry = (jnp.zeros((), jnp.int32), zero + 1, Top(zero, left, start), zero)
+    _, scale, top, _ = lax.while_loop(unfinished, cycle, carry)
+    return top._replace(value=top.value / scale)
 
 
 def _krylov(
@@ -303,9 +322,10 @@ def gram(matrix: Inexact[Array, "m n"], rtol: float = 2e-5) -> Top:
 
     **Returns:**
 
-    An estimate that is not below the truth: a margin for rounding, of about 1e-5 to
-    1e-4 in float32, is in it. The margin grows with the square root of the size, as
-    the rounding error of a sum does; no proof covers a matrix made to round badly.
+    An estimate that is not below the truth: a margin for rounding is in it, in float32
+    of 2e-5 for small matrices, 8e-5 for 4096 rows or columns, 2.6e-4 for 65,536 and
+    1e-3 for a million. It grows with the square root of the size, as the rounding error
+    of a sum does; no proof covers a matrix made to round badly.
 
     ??? cite
 

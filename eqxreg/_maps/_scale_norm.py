@@ -22,6 +22,7 @@ from .._singular import (
     LinearIn,
     LinearMap,
     Top,
+    fixed_vector,
     gram,
     lanczos,
     of_matrix,
@@ -102,12 +103,16 @@ def _(plan, measure, primals, tangents):
 
 def _planned(plan, measure, weight, start, bound):
     top = measure.top(widen(weight), start)
+    # What overflowed, or is not a number, is too long.
+    top = top._replace(value=jnp.where(jnp.isnan(top.value), jnp.inf, top.value))
     norms = Norms(top.value, jnp.ones_like(top.value))
     return plan(norms, weight.dtype, bound), top
 
 
 def _factor(made: Plan, top: Top) -> Array:
-    return made.target / jnp.where(top.value > 0, top.value, 1)
+    factor = made.target / jnp.where(top.value > 0, top.value, 1)
+    # A weight is not to vanish because a factor does.
+    return jnp.where(factor < jnp.finfo(factor.dtype).tiny, jnp.nan, factor)
 
 
 def next_start(top: Top, start: Array) -> Array:
@@ -141,7 +146,10 @@ def from_start(linear: LinearMap, start: Inexact[Array, " n"], **options: Any) -
     """Lanczos on the side with fewer dimensions, which it exhausts sooner."""
     image = linear.forward(start)
     if image.size < start.size:
-        return lanczos(linear.flipped, unit(image)[0], **options).flipped
+        direction, size = unit(image)
+        other = fixed_vector(image.size, image.dtype)
+        image = jnp.where(_is_positive(size), direction, other)
+        return lanczos(linear.flipped, image, **options).flipped
     return lanczos(linear, start, **options)
 
 
