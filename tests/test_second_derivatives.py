@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import jit
 
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
 
 
 def drawn(shape, seed=0, dtype=float):
@@ -97,12 +98,12 @@ def assert_bends(fn, weight, ways=WAYS):
     direction = drawn(weight.shape, 5, kind)
     direction = jnp.asarray(direction / np.linalg.norm(direction))
     loss = cubes(fn)
-    expected = along(jax.jit(jax.grad(loss)), weight, direction)
+    expected = along(jit(jax.grad(loss)), weight, direction)
     assert jnp.max(jnp.abs(expected)) > 1e-6
     for way in ways:
         if way is whole_hessian and kind is complex:
             continue
-        found = jax.jit(lambda w, d, way=way: way(loss, w, d))(weight, direction)
+        found = jit(lambda w, d, way=way: way(loss, w, d))(weight, direction)
         error = jnp.max(jnp.abs(found - expected)) / jnp.max(jnp.abs(expected))
         assert error < 1e-6, way.__name__
 
@@ -216,7 +217,7 @@ def test_second_derivatives_are_finite_everywhere(name):
     loss = cubes(lambda w: fn(w) + 1)
     for way in (forward_over_reverse, reverse_over_reverse):
         second = jax.vmap(lambda w, way=way: way(loss, w, direction))
-        found = jax.jit(second)(weights)
+        found = jit(second)(weights)
         assert jnp.all(jnp.isfinite(found)) and jnp.max(jnp.abs(found)) < 1e4
 
 
@@ -247,18 +248,40 @@ def test_inside_a_set_all_derivatives_are_those_of_the_identity(p):
             values.append(path(0.0))
         return values
 
-    first, second, third = jax.jit(lambda: derivatives(p))()
+    first, second, third = jit(lambda: derivatives(p))()
     np.testing.assert_array_equal(first, direction)
     assert not second.any() and not third.any()
+
+
+@pytest.mark.parametrize("ratio", [30, 1000])
+def test_the_gradient_of_a_cap_is_right_far_below_the_largest_value(ratio):
+    # In single precision; with all of it in double precision beside.
+    size = 12
+    left, right = (np.linalg.qr(drawn((size, size), seed))[0] for seed in (1, 2))
+    values = np.linspace(2.0, 0.1, size)
+    values[0] = 2.0 * ratio
+    weight = jnp.asarray((left * values) @ right.T, jnp.float32)
+    cotangent = jnp.asarray(drawn((size, size), 3), jnp.float32)
+    [found] = jax.vjp(eqxreg.SpectralCap(1.0), weight)[1](cotangent)
+    u, s, vh = np.linalg.svd(np.asarray(weight, float))
+    capped, others = np.minimum(s, 1), s[:, None] - s
+    gaps = np.where(others == 0, 1, others)
+    plus = np.where(others == 0, s < 1, (capped[:, None] - capped) / gaps)
+    minus = (capped[:, None] + capped) / (s[:, None] + s)
+    inner = u.T @ np.asarray(cotangent, float) @ vh.T
+    inner = plus * (inner + inner.T) / 2 + minus * (inner - inner.T) / 2
+    expected = u @ inner @ vh
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error < 5e-5
 
 
 def test_third_derivatives_are_those_of_second_ones():
     weight, direction = jnp.asarray(drawn((4, 4))), jnp.asarray(drawn((4, 4), 1) / 4)
     for name in ("orthogonal", "cap", "norm", "low-rank"):
         loss = cubes(MAPS[name])
-        second = jax.jit(lambda w, f=loss: forward_over_reverse(f, w, direction))
-        found = jax.jit(lambda w, f=second: jax.jvp(f, (w,), (direction,))[1])(weight)
-        expected = along(second, weight, direction)
+        second = lambda w, f=loss: forward_over_reverse(f, w, direction)
+        found = jit(lambda w, f=second: jax.jvp(f, (w,), (direction,))[1])(weight)
+        expected = along(jit(second), weight, direction)
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -279,7 +302,7 @@ def test_maml_learns_through_a_step_with_an_orthogonal_weight():
         updates, _ = optimiser.update(jax.grad(loss)(flat), optimiser.init(flat))
         return loss(optax.apply_updates(flat, updates))
 
-    found = jax.jit(jax.grad(adapted))(flat)
-    one_step = jax.jit(adapted)
+    found = jit(jax.grad(adapted))(flat)
+    one_step = jit(adapted)
     expected = [along(one_step, flat, e) for e in np.eye(flat.size)]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-8)
