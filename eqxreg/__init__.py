@@ -90,7 +90,10 @@ from ._select import (
     trainables as trainables,
     weights as weights,
 )
-from ._stateful_wrappers import SpectralNormConstraint as SpectralNormConstraint
+from ._stateful_wrappers import (
+    SpectralNormConstraint as SpectralNormConstraint,
+    SpectralScaleConstraint as SpectralScaleConstraint,
+)
 from ._transforms import (
     cautious_weight_decay as cautious_weight_decay,
     corrected_weight_decay as corrected_weight_decay,

@@ -3,7 +3,9 @@ r"""The norm of a convolution as a linear operator: from above, for images of an
 With zeros around the image, a convolution is a part of the convolution on the infinite
 lattice, whose norm is $\sup_\omega \sigma_1(F(\omega))$ with the symbol
 $F(\omega) = \sum_k W_k e^{i \omega \cdot k}$. The symbol is sampled on a grid, and what
-may be missed between its points is bounded. Nothing here knows of layers.
+may be missed between its points is bounded. `lattice_norm` takes the maximum over the
+grid point by point; `torus_map` is a linear map with that norm, for what goes on from
+one singular vector to the next. Nothing here knows of layers.
 """
 
 import functools as ft
@@ -17,8 +19,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
+from ._attained import attained
 from ._norms import real_dtype, widen
-from ._singular import Top, attained, gram, matmul
+from ._singular import LinearMap, Top, gram, matmul, of_matrix
 
 
 # Points on the grid for each degree of the symbol, by the number of axes along which it
@@ -34,13 +37,21 @@ _BATCH_ENTRIES = 2**18
 _COARSE, _FINE = 3e-2, 2e-4
 
 
-@ft.partial(jax.jit, static_argnames=("stride", "dilation", "groups", "transposed"))
+class Convolution(NamedTuple):
+    """What a convolution is besides its kernel, which is in Equinox's layout, of input
+    channels of one group."""
+
+    stride: tuple[int, ...]
+    """One int for each spatial axis, and so is `dilation`."""
+    dilation: tuple[int, ...]
+    groups: int = 1
+    transposed: bool = False
+    """Whether it is that of `eqx.nn.ConvTranspose`."""
+
+
+@ft.partial(jax.jit, static_argnames="convolution")
 def lattice_norm(
-    weight: Inexact[Array, "out in *kernel"],
-    stride: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int = 1,
-    transposed: bool = False,
+    weight: Inexact[Array, "out in *kernel"], convolution: Convolution
 ) -> Float[Array, ""]:
     r"""An upper bound of the norm of a convolution on the infinite lattice.
 
@@ -57,32 +68,64 @@ def lattice_norm(
     phases and frequencies about, and counts only where it has divisors in common with
     the stride. Groups are blocks of a diagonal, so that the largest counts.
 
-    **Arguments:**
-
-    - `weight`: the kernel in Equinox's layout, of input channels of one group.
-    - `stride`, `dilation`: one int for each spatial axis.
-    - `groups`: the number of groups. Defaults to 1.
-    - `transposed`: whether the operator is that of `eqx.nn.ConvTranspose`. Defaults to
-        `False`.
-
     **Returns:**
 
     A real scalar in at least single precision, differentiable with respect to `weight`.
     """
     if weight.size == 0:
         return jnp.zeros((), real_dtype(widen(weight).dtype))
-    strides = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
-    kernel = _polyphase(widen(weight), strides, groups, transposed)
+    kernel = _polyphase(widen(weight), convolution)
     constant = lax.stop_gradient(kernel)
     found = _largest_on_grid(constant)
     factor = _beyond_grid(constant)
 
-    def forward(v):
-        group = kernel[found.group][None]
-        return factor * matmul(_symbols(group, found.frequency)[0], v)
-
+    symbol = factor * _symbols(kernel[found.group][None], found.frequency)[0]
     value = or_fault(factor * found.top.value, constant)
-    return attained(value, found.top, forward)
+    return attained(of_matrix, symbol, found.top._replace(value=value))
+
+
+def torus_map(
+    weight: Inexact[Array, "out in *kernel"], convolution: Convolution
+) -> LinearMap:
+    r"""A linear map whose norm is an upper bound of that of a convolution on the
+    infinite lattice, and which depends on the weight linearly.
+
+    It is the equivalent convolution of stride one, of images with $N_i$ places along
+    each axis that are periodic: on a torus. In the Fourier basis that is the symbol at
+    the points of the grid of `lattice_norm`, so that its norm is the largest singular
+    value there, and with the same factor the same bound. A product costs as much as
+    applying the layer to an image of 24 places for each degree of the kernel, 48 × 48
+    for one of 3 × 3, and the bound is loose by at most 0.4 %; along one axis by 0.03 %,
+    from 64 places, along three by 1.5 %, from 16.
+    """
+    kernel = _polyphase(widen(weight), convolution)
+    groups, rows, columns, *taps = kernel.shape
+    shape = (1, groups * columns, *_grid(taps))
+    kernel = kernel.reshape(groups * rows, columns, *taps) / _riesz(taps)
+
+    def apply(x: Array) -> Array:
+        around = [(0, 0), (0, 0), *((0, k - 1) for k in taps)]
+        out = lax.conv_general_dilated(
+            jnp.pad(x.reshape(shape), around, mode="wrap"),
+            kernel,
+            window_strides=(1,) * len(taps),
+            padding="VALID",
+            feature_group_count=groups,
+            precision=lax.Precision.HIGHEST,
+        )
+        return out.ravel()
+
+    zero = jax.ShapeDtypeStruct((math.prod(shape),), kernel.dtype)
+    pullback = jax.linear_transpose(apply, zero)
+    return LinearMap(apply, lambda y: jnp.conj(pullback(jnp.conj(y))[0]))
+
+
+def torus_size(shape: Sequence[int], convolution: Convolution) -> int:
+    """The dimension of the domain of `torus_map`, for weights of this shape."""
+    weight = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+    kernel = jax.eval_shape(lambda w: _polyphase(w, convolution), weight)
+    groups, _, columns, *taps = kernel.shape
+    return groups * columns * math.prod(_grid(taps))
 
 
 def or_fault(value: Float[Array, ""], weight: Inexact[Array, "..."]) -> Array:
@@ -92,12 +135,11 @@ def or_fault(value: Float[Array, ""], weight: Inexact[Array, "..."]) -> Array:
 
 
 def _polyphase(
-    weight: Inexact[Array, "out in *kernel"],
-    strides: Sequence[int],
-    groups: int,
-    transposed: bool,
+    weight: Inexact[Array, "out in *kernel"], convolution: Convolution
 ) -> Inexact[Array, "groups rows columns *taps"]:
-    """The kernel of an equivalent convolution of stride one."""
+    """The kernel of an equivalent convolution of stride and dilation one."""
+    stride, dilation, groups, transposed = convolution
+    strides = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     out, inner, *sizes = weight.shape
     weight = weight.reshape(groups, out // groups, inner, *sizes)
     if transposed:
@@ -115,7 +157,9 @@ def _polyphase(
     order = (0, 1, 2, *(4 + 2 * i for i in range(dims)))
     order = (*order, *(3 + 2 * i for i in range(dims)))
     weight = jnp.transpose(weight, order)
-    return weight.reshape(*weight.shape[:2], -1, *taps)
+    # Not `-1`, which an empty weight does not tell.
+    columns = weight.shape[2] * math.prod(phases)
+    return weight.reshape(*weight.shape[:2], columns, *taps)
 
 
 def _grid(taps: Sequence[int]) -> list[int]:
@@ -201,10 +245,14 @@ def _beyond_grid(kernel: Inexact[Array, "groups rows columns *taps"]) -> float:
     frequencies.
     """
     _, rows, columns, *taps = kernel.shape
-    degrees = [k - 1 for k in taps]
-    angles = [math.pi * d / (2 * n) for d, n in zip(degrees, _grid(taps), strict=True)]
-    missed = math.prod(math.cos(angle) for angle in angles)
     terms = math.prod(taps)
     eps = float(jnp.finfo(kernel.dtype).eps) if terms > 1 else 0.0
     rounding = (terms + 4) * eps / 2 * math.sqrt(terms * min(rows, columns))
-    return (1 + rounding) / missed
+    return (1 + rounding) / _riesz(taps)
+
+
+def _riesz(taps: Sequence[int]) -> float:
+    """What of the supremum is found on the grid at least."""
+    degrees = [k - 1 for k in taps]
+    angles = [math.pi * d / (2 * n) for d, n in zip(degrees, _grid(taps), strict=True)]
+    return math.prod(math.cos(angle) for angle in angles)

@@ -13,14 +13,15 @@ from typing import Any, TypeAlias
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
 from ._activations import GroupSort, MaxMin
+from ._attained import attained
 from ._conv_norm import lattice_norm, or_fault
+from ._convolutions import convolution_of, repeats
 from ._norms import widen
-from ._singular import attained, gram, matmul
+from ._singular import gram, of_matrix
 from ._slopes import NoBound, Shape
 
 
@@ -33,8 +34,8 @@ def _matrix_norm(weight: Inexact[Array, "out in"]) -> Float[Array, ""]:
     matrix = widen(weight)
     constant = lax.stop_gradient(matrix)
     top = gram(constant)
-    value = or_fault(top.value, constant)
-    return attained(value, top, lambda v: matmul(matrix, v))
+    top = top._replace(value=or_fault(top.value, constant))
+    return attained(of_matrix, matrix, top)
 
 
 def _linear(layer: eqx.nn.Linear, input_shape: Shape) -> Bound:
@@ -50,18 +51,20 @@ def _conv(layer: eqx.nn.Conv, input_shape: Shape) -> Bound:
             f"takes images with {layer.num_spatial_dims} spatial axes, and "
             f"`input_shape` is {input_shape}: give `(channels, *spatial)`."
         )
-    norm = lattice_norm(layer.weight, layer.stride, layer.dilation, layer.groups)
-    repeats = _repeats(layer, input_shape)
-    return norm if repeats == 1 else norm * _root_up(repeats)
+    norm = lattice_norm(layer.weight, convolution_of(layer))
+    times = repeats(layer, input_shape)
+    if times is None:
+        raise NoBound(
+            f"pads with `padding_mode={layer.padding_mode!r}`, so that its bound "
+            "depends on the size of the image: give `input_shape`."
+        )
+    return norm if times == 1 else norm * _root_up(times)
 
 
 def _conv_transpose(layer: eqx.nn.ConvTranspose, input_shape: Shape) -> Bound:
-    # A circular one needs no factor: Equinox builds those for `SAME` padding only,
-    # where the output is one period of the convolution of a periodic image.
     del input_shape
     _check_rank(layer.weight, layer.num_spatial_dims + 2)
-    stride, dilation = layer.stride, layer.dilation
-    return lattice_norm(layer.weight, stride, dilation, layer.groups, transposed=True)
+    return lattice_norm(layer.weight, convolution_of(layer))
 
 
 def _check_rank(weight: Array, rank: int) -> None:
@@ -70,63 +73,6 @@ def _check_rank(weight: Array, rank: int) -> None:
             f"has a weight of rank {weight.ndim}, where one layer has rank {rank}: "
             "bound the layers of a stack one by one, with `eqx.filter_vmap`."
         )
-
-
-def _repeats(layer: eqx.nn.Conv, input_shape: Shape) -> int:
-    """By how much padding can enlarge the square of a norm: how often it repeats an
-    entry of the image, multiplied over the axes."""
-    extents = [
-        d * (k - 1) + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)
-    ]
-    padding = _explicit_padding(layer, extents, input_shape)
-    mode, unit = layer.padding_mode, all(s == 1 for s in layer.stride)
-    if mode == "ZEROS" or (padding and all(tuple(p) == (0, 0) for p in padding)):
-        return 1
-    if padding and mode == "CIRCULAR" and unit:
-        # A part of a circulant matrix, if no more comes out than goes in.
-        if all(sum(p) < extent for p, extent in zip(padding, extents, strict=True)):
-            return 1
-    if padding is None or input_shape is None:
-        raise NoBound(
-            f"pads with `padding_mode={mode!r}`, so that its bound depends on the size "
-            "of the image: give `input_shape`."
-        )
-    axes = zip(input_shape[1:], extents, padding, layer.stride, strict=True)
-    return math.prod(_repeats_along_axis(mode, *axis) for axis in axes)
-
-
-def _explicit_padding(
-    layer: eqx.nn.Conv, extents: list[int], input_shape: Shape
-) -> Sequence[tuple[int, int]] | None:
-    """The amounts of padding; `None` if they depend on a shape that is not given."""
-    if not isinstance(layer.padding, str):
-        return layer.padding
-    if input_shape is not None:
-        sizes = input_shape[1:]
-    elif layer.padding == "VALID" or all(s == 1 for s in layer.stride):
-        # Any size will do.
-        sizes = extents
-    else:
-        return None
-    pads = lax.padtype_to_pads(sizes, extents, layer.stride, layer.padding)
-    # Some versions of JAX give NumPy's integers.
-    return [(int(low), int(high)) for low, high in pads]
-
-
-def _repeats_along_axis(
-    padding_mode: str, size: int, extent: int, pads: tuple[int, int], stride: int
-) -> int:
-    steps = (size + sum(pads) - extent) // stride
-    mode: Any = {"REFLECT": "reflect", "REPLICATE": "edge", "CIRCULAR": "wrap"}
-    source = np.pad(np.arange(size), pads, mode=mode[padding_mode])
-    copies = int(np.bincount(source[: stride * steps + extent]).max(initial=1))
-    if padding_mode != "CIRCULAR":
-        return copies
-    # The output is a stretch of a periodic sequence. Where the stride does not divide
-    # the size, its period comes from several of the image's.
-    periods = stride // math.gcd(size, stride)
-    period = size * periods // stride
-    return min(copies, periods * -(-(steps + 1) // period))
 
 
 def _max_pool(layer: eqx.nn.Pool, input_shape: Shape) -> Bound:

@@ -25,6 +25,7 @@ from ._norms import frobenius_norm, per_layer, widen
 from ._operator_norm import spectral_norm
 from ._select import require_selection, weights
 from ._sites import Site, sites
+from ._stateful_wrappers import SpectralConstraint
 from ._wrappers import Constraint, on_stack
 
 
@@ -51,10 +52,11 @@ def metrics(
     - `active`: the share of units, the slices along axis 0, that are outside the set or
         on its boundary. For [`eqxreg.NonNegative`][], [`eqxreg.Box`][] and vectors it
         is the share of entries, for [`eqxreg.Pinned`][] that of those that are held;
-        for several maps, the largest of their shares. In a set
-        that is all boundary, such as a sphere, it is 1, but for units that are zero and
-        that the map leaves at zero. Sets that hold all multiples of their weights, such
-        as that of [`eqxreg.Symmetric`][], count only units that are outside.
+        for several maps, the largest of their shares. In a set that is all boundary,
+        such as a sphere, it is 1, but for units that are zero and that the map leaves
+        at zero. Of a layer that is bounded as an operator, by `input_shape`, it is 1 if
+        the weight is moved. Sets that hold all multiples of their weights, such as that
+        of [`eqxreg.Symmetric`][], count only units that are outside.
 
     The last two are there only for weights that have a set: those whose wrappers are
     all an [`eqxreg.Constraint`][] with an [`eqxreg.Projection`][] and, if there is a
@@ -115,6 +117,8 @@ class Subject:
     """What makes it, innermost first: maps, and wrappers that are not ours. If there
     are none, the projection that was given."""
     is_wrapped: bool
+    bounds_operator: bool
+    """Whether a wrapper measures the layer as an operator, and not its weight."""
 
     @property
     def target(self) -> Projection | None:
@@ -147,7 +151,16 @@ def _subject(site: Site, projection: Projection | None) -> Subject:
         for _, wrapper, i in site.wrappers
     ]
     given = [] if maps or projection is None else [projection]
-    return Subject(site, site.rank, (*maps, *given), is_wrapped=bool(maps))
+    return Subject(
+        site,
+        site.rank,
+        (*maps, *given),
+        is_wrapped=bool(maps),
+        bounds_operator=any(
+            isinstance(wrapper, SpectralConstraint) and wrapper.input_shape is not None
+            for _, wrapper, _ in site.wrappers
+        ),
+    )
 
 
 def metrics_of(
@@ -194,6 +207,9 @@ def _numbers(
     raw = jnp.asarray(subject.site.leaf)
     distance = each(lambda a, b: frobenius_norm(widen(a) - widen(b)), raw, weight)
     active = on_stack(lambda p, raw: p._active(raw), target, subject.rank, raw)
+    if subject.bounds_operator:
+        # The map speaks of the kernel. The operator is one unit.
+        active = jnp.where(distance > 0, 1, active)
     return {**found, "distance": distance, "active": active}
 
 

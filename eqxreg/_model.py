@@ -203,7 +203,9 @@ def bake(model: _Model, state: eqx.nn.State | None = None) -> _Model:
 
     - `model`: any PyTree.
     - `state`: the model's `eqx.nn.State`, if it has stateful wrappers. They are
-        evaluated as in inference; the state is not changed.
+        evaluated as in inference; the state is not changed. For ours it is where a
+        search for singular vectors starts: any state is right, and one of this model
+        from a moment ago the cheapest.
 
     **Returns:**
 

@@ -1,7 +1,6 @@
 """The spectral norm of a weight, and that of a layer as an operator."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -9,18 +8,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
+from ._attained import attained
+from ._conv_norm import lattice_norm
+from ._convolutions import CONVOLUTIONS, convolution_of
 from ._layers import is_wrapper
-from ._linear import check_fits, check_input_shape, linear_part
+from ._linear import InputShapeLike, check_fits, check_input_shape, linear_part
 from ._maps import SpectralNorm
 from ._maps._checks import check_dtype
 from ._maps._matrix import RowAxes
 from ._maps._scale_norm import Estimator, from_start
 from ._model import bake
 from ._norms import real_dtype, widen
-from ._singular import attained, fixed_vector
-
-
-_CONVOLUTIONS = (eqx.nn.Conv, eqx.nn.ConvTranspose)
+from ._singular import fixed_vector
 
 
 def spectral_norm(
@@ -67,7 +66,7 @@ def spectral_norm(
 
 
 def operator_norm(
-    layer: Any, input_shape: Sequence[int] | None = None
+    layer: Any, input_shape: InputShapeLike | None = None
 ) -> Float[Array, ""]:
     r"""The norm of a layer's linear part as an operator: the largest factor by which it
     stretches an input, in the Euclidean norm. The bias does not matter.
@@ -77,12 +76,17 @@ def operator_norm(
     from products with images, by `jax.linear_transpose`; from below, and to a relative
     error of 1e-3 at most. Differentiable in the weight.
 
+    It grows with the image. With `"any"` it is a bound for images of every size, from
+    above: the norm on an infinite image, to 0.03 % for one spatial axis, 0.5 % for two
+    and 1.5 % for three, which large images come near to.
+
     **Arguments:**
 
     - `layer`: an `eqx.nn.Linear`, `eqx.nn.Conv` or `eqx.nn.ConvTranspose`, or a wrapper
         around one, without state.
-    - `input_shape`: the full shape of an input without batch, `(channels, *spatial)`.
-        Not needed for a linear layer.
+    - `input_shape`: the full shape of an input without batch, `(channels, *spatial)`,
+        or `"any"`, if the layer pads with zeros, or `CIRCULAR` without a stride. Not
+        needed for a linear layer.
 
     **Returns:**
 
@@ -91,7 +95,8 @@ def operator_norm(
     **Raises:**
 
     - `TypeError`: if the layer is none of these.
-    - `ValueError`: if `input_shape` is missing, or no input of this layer.
+    - `ValueError`: if `input_shape` is missing, no input of this layer or so small that
+        nothing comes out, or `"any"` where there is no such bound.
 
     !!! example
 
@@ -105,6 +110,8 @@ def operator_norm(
         >>> norm = eqxreg.operator_norm(conv, input_shape=(1, 32, 32))
         >>> print(norm.round(2), eqxreg.spectral_norm(conv.weight).round(2))
         8.95 3.0
+        >>> print(eqxreg.operator_norm(conv, input_shape="any").round(2))
+        9.04
 
         ```
     """
@@ -112,7 +119,7 @@ def operator_norm(
         layer = bake(layer)
     if isinstance(layer, eqx.nn.Linear):
         return spectral_norm(layer.weight)
-    if not isinstance(layer, _CONVOLUTIONS):
+    if not isinstance(layer, CONVOLUTIONS):
         raise TypeError(
             "`operator_norm` is of an `eqx.nn.Linear`, `eqx.nn.Conv` or "
             f"`eqx.nn.ConvTranspose`, got a {type(layer).__name__}. For whole models "
@@ -121,16 +128,20 @@ def operator_norm(
     if input_shape is None:
         raise ValueError(
             "`operator_norm` of a convolution needs `input_shape`, the full shape of "
-            "an input without batch, `(channels, *spatial)`."
+            'an input without batch, `(channels, *spatial)`, or "any" for a bound for '
+            "images of every size."
         )
     shape = check_input_shape(input_shape)
     check_dtype(layer.weight)
     check_fits(layer, "weight", layer.weight, shape)
+    if shape == "any":
+        bound = lattice_norm(layer.weight, convolution_of(layer))
+        return bound.astype(real_dtype(layer.weight.dtype))
     weight = widen(layer.weight)
     linear = linear_part(layer, "weight", shape)
     start = fixed_vector(math.prod(shape), weight.dtype)
     # The singular values of a convolution are close to each other at the top.
     constant = linear(lax.stop_gradient(weight))
     top = from_start(constant, start, steps=32, cycles=16)
-    value = attained(top.value, top, linear(weight).forward)
+    value = attained(linear, weight, top)
     return value.astype(real_dtype(layer.weight.dtype))

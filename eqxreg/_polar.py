@@ -1,4 +1,4 @@
-r"""The polar factor of a matrix, and the matrix with its singular values capped.
+r"""The polar factor of a matrix, and what it shares with the cap of `_cap.py`.
 
 Both are functions of the singular values that leave the singular vectors alone, and
 both are computed in one of two ways: by a factorisation, which is faster on CPUs, or by
@@ -28,9 +28,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
-from ._factors import singular_derivative
-from ._norms import anywhere, is_half, real_dtype, squared_magnitude, widen
-from ._singular import adjoint, fixed_vector, lanczos, matmul, of_matrix, start_vector
+from ._factors import (
+    Spectrum,
+    divided,
+    hermitian,
+    lyapunov,
+)
+from ._norms import anywhere, real_dtype, squared_magnitude, widen
+from ._singular import adjoint, fixed_vector, matmul
 
 
 Way: TypeAlias = Literal["factorisation", "products"]
@@ -58,7 +63,8 @@ def as_tall(fn: Callable[..., Array], *matrices: Matrices) -> Matrices:
 def normal_range(matrices: Matrices) -> tuple[Matrices, Float[Array, "blocks 1 1"]]:
     """The matrices and their scales, nearly always 1: powers of two that bring those
     whose products might leave the range to entries of about one."""
-    peak = jnp.max(jnp.abs(matrices), axis=(-1, -2), keepdims=True, initial=0)
+    constant = lax.stop_gradient(matrices)
+    peak = jnp.max(jnp.abs(constant), axis=(-1, -2), keepdims=True, initial=0)
     far = (peak > 2.0**20) | (peak < 2.0**-20)
     far = far & (peak > 0) & jnp.isfinite(peak)
     # Within what has a normal inverse.
@@ -75,18 +81,29 @@ def gram_of(tall: Matrices) -> Inexact[Array, "blocks n n"]:
 
 def orthogonality_error(gram: Inexact[Array, "blocks n n"]) -> Float[Array, " blocks"]:
     r"""$\max |G - I|$."""
-    return jnp.max(jnp.abs(gram - _eye_like(gram)), axis=(-1, -2), initial=0)
+    return jnp.max(jnp.abs(gram - eye_like(gram)), axis=(-1, -2), initial=0)
 
 
-def _eye_like(square: Inexact[Array, "*batch n n"]) -> Inexact[Array, "*batch n n"]:
+def eye_like(square: Inexact[Array, "*batch n n"]) -> Inexact[Array, "*batch n n"]:
     eye = jnp.eye(square.shape[-1], dtype=square.dtype)
     return jnp.broadcast_to(eye, square.shape)
+
+
+def if_finite(fn: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """`fn`, but a matrix with NaNs or infinities stays as it is. LAPACK might not
+    return from one, or return something finite."""
+
+    def guarded(matrices: Matrices) -> Matrices:
+        finite = jnp.all(jnp.isfinite(matrices), axis=(-1, -2), keepdims=True)
+        return jnp.where(finite, fn(jnp.where(finite, matrices, 0)), matrices)
+
+    return guarded
 
 
 # The Newton-Schulz iteration.
 
 
-def _coefficients(low: Array) -> tuple[Array, Array, Array]:
+def coefficients(low: Array) -> tuple[Array, Array, Array]:
     r"""$\alpha$ and $\beta$ of the odd cubic polynomial that maps $[l, 1]$ into itself
     with the largest lower end, and that end."""
     # A smaller `l` would send 1 to about `l`, and what is at 1 would drown in rounding.
@@ -99,7 +116,7 @@ def _coefficients(low: Array) -> tuple[Array, Array, Array]:
     return alpha, beta, jnp.where(1 - end < 1e-3, 1, end)
 
 
-def _norm_bound(hermitian: Inexact[Array, "blocks n n"], squarings: int) -> Array:
+def norm_bound(hermitian: Inexact[Array, "blocks n n"], squarings: int) -> Array:
     """A bound on the spectral norm, kept as `blocks 1 1`: a Schatten norm, or the
     largest sum of a row if that is less."""
     size = jnp.max(jnp.abs(hermitian), axis=(-1, -2), keepdims=True)
@@ -112,9 +129,9 @@ def _norm_bound(hermitian: Inexact[Array, "blocks n n"], squarings: int) -> Arra
     return size * jnp.minimum(rows, squares ** (0.5 / 2**squarings))
 
 
-def _combined(alpha: Array, beta: Array, square: Array) -> Array:
+def combined(alpha: Array, beta: Array, square: Array) -> Array:
     r"""$\alpha I - \beta S$."""
-    eye = _eye_like(square)
+    eye = eye_like(square)
     return alpha.astype(square.dtype) * eye - beta.astype(square.dtype) * square
 
 
@@ -134,13 +151,13 @@ def _iterate(x: Matrices, low: Float[Array, "blocks 1 1"]) -> Matrices:
         error = orthogonality_error(gram)
         # All that was above `low` is near 1 by now; a direction that is far from it was
         # below. There is no telling how far.
-        apart = jnp.sum(squared_magnitude(gram - _eye_like(gram)), axis=(-1, -2))
+        apart = jnp.sum(squared_magnitude(gram - eye_like(gram)), axis=(-1, -2))
         missed = (low == 1) & (apart[..., None, None] > 0.5)
         low = jnp.where(missed, 0.01, low)
         # The last step is a plain one.
         low = jnp.where(error[..., None, None] > settled, low, 1)
-        alpha, beta, low = _coefficients(low)
-        return count + 1, matmul(x, _combined(alpha, beta, gram)), low, error
+        alpha, beta, low = coefficients(low)
+        return count + 1, matmul(x, combined(alpha, beta, gram)), low, error
 
     error = jnp.full(x.shape[:-2], jnp.inf, low.dtype)
     carry = (jnp.zeros((), jnp.int32), x, low, error)
@@ -150,27 +167,26 @@ def _iterate(x: Matrices, low: Float[Array, "blocks 1 1"]) -> Matrices:
 def polished(x: Matrices) -> Matrices:
     """One plain step, for matrices that are orthogonal but for rounding."""
     half = jnp.asarray(0.5, real_dtype(x.dtype))
-    return matmul(x, _combined(3 * half, half, gram_of(x)))
+    return matmul(x, combined(3 * half, half, gram_of(x)))
 
 
 # The polar factor.
 
 
 # Compiled as a whole, for outside of `jit` every loop is compiled anew in every call.
-_compiled = ft.partial(jax.jit, inline=True)
+compiled = ft.partial(jax.jit, inline=True)
 
 
-@ft.partial(_compiled, static_argnames=("tol", "method"))
+@ft.partial(compiled, static_argnames=("tol", "method"))
 def polar(matrices: Matrices, tol: float, method: Way | None = None) -> Matrices:
     r"""$U V^H$ of matrices $U \Sigma V^H$: the nearest matrices with orthonormal
     columns or, if they are wide, rows. Where a singular value is zero, some orthonormal
     direction is chosen. A matrix whose `orthogonality_error` is at most `tol` keeps its
     bits.
 
-    The derivative is `singular_derivative` with $f = 1$; a direction of no length,
-    relatively, has none.
+    It has derivatives of all orders; a direction of no length, relatively, has none.
     """
-    nearest = _if_finite(ft.partial(_polar, tol, method))
+    nearest = if_finite(ft.partial(_polar, tol, method))
     return as_tall(nearest, widen(matrices)).astype(matrices.dtype)
 
 
@@ -207,32 +223,29 @@ def _moved(tall: Matrices) -> Float[Array, " blocks"]:
 def _distances(tall: Matrices) -> tuple[Array, Array]:
     """A bound on the spectral norm of $A^H A - I$, and its largest entry."""
     gram = gram_of(tall)
-    spread = _norm_bound(gram - _eye_like(gram), 1)
+    spread = norm_bound(gram - eye_like(gram), 1)
     return spread, orthogonality_error(gram)[..., None, None]
 
 
 @_polar.defjvp
 def _(tol, method, primals, tangents):
+    r"""With $S = Q^H W$, and $Y$ the solution of $S Y + Y S = Q^H H - H^H Q$,
+
+    $$\mathrm{D}F[H] = Q Y + (I - Q Q^H) H S^{-1}.$$
+    """
     (tall,), (tangent,) = primals, tangents
     q = _polar(tol, method, tall)
     scaled, scale = normal_range(tall)
-    stretch = matmul(adjoint(q), scaled)
-    s, v = jnp.linalg.eigh((stretch + adjoint(stretch)) / 2, symmetrize_input=False)
-    s = jnp.maximum(s, 0)
-    floor = 32 * jnp.finfo(s.dtype).eps * s[..., -1:]
-    total = s[..., :, None] + s[..., None, :]
-    minus = _inverse(total / 2, floor[..., None])
-    ratio = _inverse(s, floor)
-    u = matmul(q, v)
-    scaled_tangent = tangent * scale.astype(tangent.dtype)
-    zero = jnp.zeros_like(minus)
-    return q, singular_derivative(u, s, v, zero, minus, ratio, scaled_tangent)
-
-
-def _inverse(x: Array, floor: Array) -> Array:
-    """`1 / x`, and zero where `x` is not above `floor`."""
-    above = x > floor
-    return jnp.where(above, 1 / jnp.where(above, x, 1), 0)
+    tangent = tangent * scale.astype(tangent.dtype)
+    stretch = hermitian(matmul(adjoint(q), scaled))
+    spectrum = Spectrum.of(stretch)
+    inner = matmul(adjoint(q), tangent)
+    change = matmul(q, lyapunov(stretch, inner - adjoint(inner), spectrum))
+    # A square Q has no space to leave.
+    if tall.shape[-2] > tall.shape[-1]:
+        beyond = tangent - matmul(q, inner)
+        change = change + divided(beyond, stretch, spectrum)
+    return q, change
 
 
 def _polar_by_svd(tall):
@@ -242,7 +255,7 @@ def _polar_by_svd(tall):
 
 def _polar_by_products(tall):
     eps = float(jnp.finfo(tall.dtype).eps)
-    high = jnp.sqrt(_norm_bound(gram_of(tall), 2) * (1 + 64 * eps))
+    high = jnp.sqrt(norm_bound(gram_of(tall), 2) * (1 + 64 * eps))
     x = tall / jnp.where(high > 0, high, 1).astype(tall.dtype)
     # Where there is no direction, this is one: it is no larger than the rounding of
     # the matrix itself, and between any two null spaces it has full rank.
@@ -250,199 +263,3 @@ def _polar_by_products(tall):
     seed = fixed_vector(rows * columns, tall.dtype).reshape(1, rows, columns)
     seed = seed * (eps * math.sqrt(columns) / 2)
     return _iterate(x + seed, jnp.full_like(high, eps))
-
-
-# The cap.
-
-
-@ft.partial(_compiled, static_argnames="method")
-def cap(
-    matrices: Matrices, bound: Float[Array, ""], method: Way | None = None
-) -> Matrices:
-    r"""$U \min(\Sigma, c) V^H$ of matrices $U \Sigma V^H$: the nearest matrices with no
-    singular value above the bound $c$. A matrix that has none keeps its bits."""
-    wide = widen(matrices)
-    if is_half(matrices.dtype):
-        # Rounded to nearest, entries change by half of that at most.
-        aim = 1 - float(jnp.finfo(matrices.dtype).eps) / 2
-    else:
-        size = min(matrices.shape[-2:])
-        aim = 1 - (16 + math.sqrt(size)) * float(jnp.finfo(wide.dtype).eps)
-    capped = _if_finite(lambda m: _cap(aim, method, m, bound))
-    return as_tall(capped, wide).astype(matrices.dtype)
-
-
-def _if_finite(fn: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """`fn`, but a matrix with NaNs or infinities stays as it is. LAPACK might not
-    return from one, or return something finite."""
-
-    def guarded(matrices: Matrices) -> Matrices:
-        finite = jnp.all(jnp.isfinite(matrices), axis=(-1, -2), keepdims=True)
-        return jnp.where(finite, fn(jnp.where(finite, matrices, 0)), matrices)
-
-    return guarded
-
-
-@ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _cap(aim, method, tall, bound):
-    scaled, scale = normal_range(tall)
-    bounds = bound.astype(scale.dtype) * scale
-    squares = jnp.sum(squared_magnitude(scaled), axis=(-1, -2), keepdims=True)
-    inside = squares <= bounds**2
-
-    def capped(scaled, bounds):
-        eigh = ft.partial(_cap_by_eigh, aim)
-        products = ft.partial(_cap_by_products, aim)
-        return by_platform(method, eigh, products, scaled, bounds)
-
-    def keep(scaled, bounds):
-        return scaled, jnp.zeros_like(bounds, bool)
-
-    outside = anywhere(jnp.any(~inside))
-    # Huge ones come down as far as no norm overflows, and the bound stays in range.
-    room = 2.0 ** (jnp.finfo(scale.dtype).maxexp * 3 // 4)
-    scale = jnp.where(scale < 1, jnp.minimum(scale * room, 1), scale)
-    scaled, bounds = tall * scale.astype(tall.dtype), bound.astype(scale.dtype) * scale
-    result, moved = lax.cond(outside, capped, keep, scaled, bounds)
-    moved = moved & ~inside
-    return jnp.where(moved, result / scale.astype(result.dtype), tall)
-
-
-@_cap.defjvp
-def _(aim, method, primals, tangents):
-    (tall, bound), (tangent, _) = primals, tangents
-    value = _cap(aim, method, tall, bound)
-    scaled, scale = normal_range(tall)
-    c = (bound.astype(scale.dtype) * scale)[..., 0]
-    v, columns, s = _right_factors(scaled)
-    nonzero = s > 32 * jnp.finfo(s.dtype).eps * jnp.max(s, axis=-1, keepdims=True)
-    size = jnp.where(nonzero, s, 1)[..., None, :].astype(columns.dtype)
-    u = jnp.where(nonzero[..., None, :], columns / size, 0)
-    # What is at the bound is inside.
-    above = s > c
-    i, j = (..., slice(None), None), (..., None, slice(None))
-    c = c[..., None]
-    low, high = jnp.minimum(s[i], s[j]), jnp.maximum(s[i], s[j])
-    one_above = above[i] != above[j]
-    both_above = above[i] & above[j]
-    gap = jnp.where(one_above, high - low, 1)
-    total = jnp.where(above[i] | above[j], low + high, 1)
-    plus = jnp.where(one_above, (c - low) / gap, jnp.where(both_above, 0, 1))
-    low_value = jnp.minimum(low, c)
-    minus = jnp.where(above[i] | above[j], (low_value + c) / total, 1)
-    ratio = jnp.where(above, c[..., 0] / jnp.where(above, s, 1), 1)
-    change = singular_derivative(u, s, v, plus, minus, ratio, tangent)
-    inside = ~jnp.any(above, axis=-1)[..., None, None]
-    return value, jnp.where(inside, tangent, change)
-
-
-def _right_factors(tall):
-    """The right singular vectors, their images, and the norms of these: the singular
-    values, which are more exact than the roots of the eigenvalues."""
-    _, v = jnp.linalg.eigh(gram_of(tall), symmetrize_input=False)
-    # What LAPACK leaves of their inner products would be multiplied with all else.
-    v = polished(v)
-    images = matmul(tall, v)
-    return v, images, jnp.sqrt(jnp.sum(squared_magnitude(images), axis=-2))
-
-
-def _cap_by_eigh(aim, tall, bounds):
-    def unfinished(carry):
-        return jnp.any(carry[1] > bounds)
-
-    def step(carry):
-        before, _, moved = carry
-        x, scale = normal_range(before)
-        v, images, s = _right_factors(x)
-        s = s[..., None, :]
-        top = jnp.max(s, axis=-1, keepdims=True)
-        bound = bounds * scale
-        # What is far above the bound would leave its rounding behind: it comes down in
-        # stages. The last one makes the matrix anew or, if there is little to take away
-        # from it, takes that away. NaNs end it.
-        last, near = ~(top > 4.2 * bound), ~(top > 2 * bound)
-        stage = jnp.where(last, bound, jnp.maximum(1.25 * bound, top / 16))
-        any_above = jnp.any(s > stage, axis=-1, keepdims=True)
-        # What is just below the bound might be lifted over it by rounding, and LAPACK's
-        # is relative to the square of the largest.
-        slack = 3 * jnp.finfo(s.dtype).eps * jnp.where(near, 0, top / bound) ** 2
-        goal = jnp.where(last, (aim - slack) * stage, stage)
-        factor = jnp.minimum(goal / jnp.where(s > 0, s, goal), 1)
-        weights = (factor - near.astype(factor.dtype)).astype(x.dtype)
-        result = matmul(images * weights, adjoint(v))
-        result = jnp.where(near, x + result, result)
-        result = jnp.where(any_above, result / scale.astype(x.dtype), before)
-        return result, jnp.where(last, bounds, jnp.inf), moved | any_above
-
-    carry = (tall, jnp.full_like(bounds, jnp.inf), jnp.zeros_like(bounds, bool))
-    x, _, moved = lax.while_loop(unfinished, step, carry)
-    return x, moved
-
-
-def _cap_by_products(aim, tall, bounds):
-    estimate = jax.vmap(lambda a: lanczos(of_matrix(a), start_vector(a)).value)
-    moved = (estimate(tall) > bounds[..., 0, 0])[..., None, None]
-    scaled, scale = normal_range(tall)
-    high = jnp.sqrt(_norm_bound(gram_of(scaled), 2)) / scale
-
-    def unfinished(carry):
-        return jnp.any(carry[1] > bounds)
-
-    def step(carry):
-        x, high = carry
-        stage = jnp.maximum(bounds, high / 4)
-        target = jnp.where(stage > bounds, stage, aim * bounds)
-        result = jnp.where(high > bounds, _capped_once(x, target, high / target), x)
-        return result, stage
-
-    carry = (tall, jnp.where(moved, high, 0))
-    return lax.while_loop(unfinished, step, carry)[0], moved
-
-
-def _capped_once(x: Matrices, c: Array, ratio: Array) -> Matrices:
-    r"""The cap of matrices of norm at most `ratio * c`, by products only: with
-    $H = A^H A / c^2$, it is $A \max(H, I)^{-1/2}$, where
-    $2 \max(H, I) = H + I + |H - I|$."""
-    gram = gram_of(x / c.astype(x.dtype))
-    size = jnp.maximum(ratio * ratio, 2) - 1
-    shifted = gram - _eye_like(gram)
-    tiny = 4 * jnp.finfo(c.dtype).eps
-    sign, _ = _settle(
-        lambda sign, _, alpha, beta: (
-            matmul(sign, _combined(alpha, beta, matmul(sign, sign))),
-            sign,
-        ),
-        shifted / size.astype(x.dtype),
-        shifted,
-        jnp.full_like(size, tiny),
-    )
-    magnitude = matmul(shifted, sign)
-    larger = (gram + _eye_like(gram) + (magnitude + adjoint(magnitude)) / 2) / 2
-
-    def root(y, z, alpha, beta):
-        factor = _combined(alpha, beta, matmul(z, y))
-        return matmul(y, factor), matmul(factor, z)
-
-    ratio = jnp.sqrt(size + 1)
-    _, inverse_root = _settle(
-        root, larger / (size + 1).astype(x.dtype), _eye_like(gram), 1 / ratio
-    )
-    return matmul(x, inverse_root / ratio.astype(x.dtype))
-
-
-def _settle(update: Callable, first: Array, second: Array, low: Array):
-    """Newton-Schulz steps on a pair of matrices until all above `low` has settled."""
-    # Errors of 1e-3 go to 1.5e-6, 3e-12 and 2e-23 in plain steps.
-    plain = 2 if jnp.finfo(low.dtype).bits <= 32 else 3
-
-    def unfinished(carry):
-        return carry[0] < plain
-
-    def step(carry):
-        extra, first, second, low = carry
-        extra = jnp.where(jnp.all(low == 1), extra + 1, extra)
-        alpha, beta, low = _coefficients(low)
-        return extra, *update(first, second, alpha, beta), low
-
-    carry = (jnp.zeros((), jnp.int32), first, second, low)
-    return lax.while_loop(unfinished, step, carry)[1:3]

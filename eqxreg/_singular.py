@@ -6,25 +6,28 @@ a sharded weight are served by the same code:
 - `power_step`: two products from a good start, as training has it; from below.
 - `lanczos`: from any start, a few dozen products; from below, to about 1e-6 as a rule
   and to 1e-4 where many singular values crowd at the top.
+- `settled`, in `_settled.py`: from a vector that may have been good once; to 1e-3, the
+  cheaper the better the vector.
 - `gram`: matrix products, for matrices only; from above, so that it certifies.
 - `svd`: for matrices only; the reference.
 
 All of them give $u$ and $v$ with $A v = \sigma u$, and hence one derivative,
-$\mathrm{d}\sigma = \mathrm{Re}\, u^H\, \mathrm{d}A\, v$: `attained`. Where several
-singular values are the largest, it is the derivative along one of their directions.
+$\mathrm{d}\sigma = \mathrm{Re}\, u^H\, \mathrm{d}A\, v$, of which `_attained.py` makes
+all. Where several singular values are the largest, it is the derivative along one of
+their directions.
 """
 
 import functools as ft
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Inexact, UInt32
+from jaxtyping import Array, Float, Inexact, Int, UInt32
 
-from ._norms import real_dtype, squared_magnitude, with_derivative_of
+from ._norms import real_dtype, squared_magnitude
 
 
 class LinearMap(NamedTuple):
@@ -97,15 +100,19 @@ def start_vector(matrix: Inexact[Array, "m n"]) -> Inexact[Array, " n"]:
     return fixed_vector(matrix.shape[1], matrix.dtype)
 
 
-def fixed_vector(size: int, dtype) -> Inexact[Array, " n"]:
-    """A fixed unit vector that is special to no matrix, for it is pseudo-random."""
-    bits = _mixed(jnp.arange(size, dtype=jnp.uint32))
+def fixed_vector(
+    size: int, dtype, seed: UInt32[Array, ""] | int = 0
+) -> Inexact[Array, " n"]:
+    """A unit vector that is special to no matrix, for it is pseudo-random. No entry is
+    small, so that it is far from orthogonal to any axis."""
+    bits = _mixed(jnp.arange(size, dtype=jnp.uint32) ^ _mixed(jnp.uint32(seed)))
     # The upper 24 bits, as a number in [-1, 1).
     uniform = (bits >> 8).astype(real_dtype(dtype)) / 2**23 - 1
-    return unit(uniform.astype(dtype))[0]
+    entries = uniform + jnp.where(uniform < 0, -1, 1).astype(uniform.dtype)
+    return unit(entries.astype(dtype))[0]
 
 
-def _mixed(x: UInt32[Array, " n"]) -> UInt32[Array, " n"]:
+def _mixed(x: UInt32[Array, "*n"]) -> UInt32[Array, "*n"]:
     # The finaliser of MurmurHash3, https://github.com/aappleby/smhasher.
     x = x + jnp.uint32(0x9E3779B9)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
@@ -113,15 +120,8 @@ def _mixed(x: UInt32[Array, " n"]) -> UInt32[Array, " n"]:
     return x ^ (x >> 16)
 
 
-def attained(
-    value: Float[Array, ""], top: Top, forward: Callable[[Array], Array]
-) -> Float[Array, ""]:
-    """`value`, an estimate of the norm of `forward`, with the derivative of the largest
-    singular value. `forward` depends on what is differentiated; all else is taken to
-    be constant."""
-    left, right = lax.stop_gradient((top.left, top.right))
-    inner = jnp.sum(jnp.real(jnp.conj(left) * forward(right)))
-    return with_derivative_of(lax.stop_gradient(value), inner)
+LinearIn: TypeAlias = Callable[[Array], LinearMap]
+"""A linear map that a weight makes, and on which it depends linearly."""
 
 
 def power_step(linear: LinearMap, right: Inexact[Array, " n"]) -> Top:
@@ -132,7 +132,7 @@ def power_step(linear: LinearMap, right: Inexact[Array, " n"]) -> Top:
     return Top(value, left, right)
 
 
-def _empty(m: int, n: int, dtype) -> Top:
+def empty_top(m: int, n: int, dtype) -> Top:
     """That of a map from or to a space of no dimensions, whose norm is zero."""
     zero = jnp.zeros((), real_dtype(dtype))
     return Top(zero, jnp.zeros(m, dtype), jnp.zeros(n, dtype))
@@ -190,7 +190,7 @@ def lanczos(
     """
     image = jax.eval_shape(linear.forward, start)
     if start.size == 0 or image.size == 0:
-        return _empty(image.size, start.size, start.dtype)
+        return empty_top(image.size, start.size, start.dtype)
     steps = min(steps, start.size)
     info = jnp.finfo(start.dtype)
     far = 2.0 ** (info.maxexp // 2)
@@ -230,27 +230,66 @@ def _krylov(
 
     def extend(j, carry):
         basis, images, v = carry
-        image = linear.forward(v)
-        basis, images = basis.at[j].set(v), images.at[j].set(image)
-        w, size = unit(linear.adjoint(unit(image)[0]))
-        # Twice is enough.
-        for _ in range(2):
-            w = w - matmul(matmul(jnp.conj(basis), w), basis)
-        w, left_over = unit(w)
-        # Of a space that is exhausted only rounding is left.
-        exhausted = (left_over < 100 * jnp.finfo(size.dtype).eps) | (size == 0)
-        return basis, images, jnp.where(exhausted, 0, w)
+        basis, image, v, _, _ = extended(linear, basis, j, v)
+        return basis, images.at[j].set(image), v
 
     image = jax.eval_shape(linear.forward, start)
     basis = jnp.zeros((steps, *start.shape), start.dtype)
     images = jnp.zeros((steps, *image.shape), image.dtype)
     basis, images, _ = lax.fori_loop(0, steps, extend, (basis, images, start))
     images = images / _size_or_one(images)
-    weights = _top_eigenvector(matmul(jnp.conj(images), images.T))
+    weights = top_eigenvector(matmul(jnp.conj(images), images.T))
     return unit(matmul(weights, basis))[0]
 
 
-def _top_eigenvector(matrix: Inexact[Array, "n n"]) -> Inexact[Array, " n"]:
+class Extended(NamedTuple):
+    """A Krylov space with one more vector $v$ in it."""
+
+    basis: Inexact[Array, "k n"]
+    """Orthonormal vectors. Rows not yet filled are zero."""
+    image: Inexact[Array, " m"]
+    """$A v$."""
+    following: Inexact[Array, " n"]
+    """The unit vector that comes next; zero if the space is exhausted."""
+    length: Float[Array, ""]
+    r"""$\lVert A v \rVert$."""
+    new: Float[Array, ""]
+    r"""The norm of the part of $A^H A v / \lVert A v \rVert$ outside of the space."""
+
+
+def extended(
+    linear: LinearMap,
+    basis: Inexact[Array, "k n"],
+    j: Int[Array, ""],
+    v: Inexact[Array, " n"],
+) -> Extended:
+    """A Krylov space with `v` in its `j`-th row."""
+    image = linear.forward(v)
+    basis = basis.at[j].set(v)
+    left, length = unit(image)
+    following, size = unit(linear.adjoint(left))
+    following, new = outside(basis, following)
+    return Extended(basis, image, following, length, size * new)
+
+
+def outside(
+    basis: Inexact[Array, "k n"], v: Inexact[Array, " n"]
+) -> tuple[Inexact[Array, " n"], Float[Array, ""]]:
+    """The part of a unit vector that is orthogonal to all of `basis`, at norm one, and
+    its norm. If only rounding is left, it is zero."""
+
+    def orthogonal(v: Array) -> tuple[Array, Array]:
+        return unit(v - matmul(matmul(jnp.conj(basis), v), basis))
+
+    # Twice is enough.
+    v, first = orthogonal(v)
+    v, second = orthogonal(v)
+    norm = first * second
+    is_rounding = norm < 10 * jnp.finfo(norm.dtype).eps
+    return jnp.where(is_rounding, 0, v), jnp.where(is_rounding, 0, norm)
+
+
+def top_eigenvector(matrix: Inexact[Array, "n n"]) -> Inexact[Array, " n"]:
     """Of a small positive semidefinite matrix, by squaring it over and over. If several
     eigenvalues are the largest, some vector of theirs."""
 
@@ -295,7 +334,7 @@ def gram(matrix: Inexact[Array, "m n"], rtol: float = 2e-5) -> Top:
         Allauzen, 2023.
     """
     if matrix.size == 0:
-        return _empty(matrix.shape[0], matrix.shape[1], matrix.dtype)
+        return empty_top(matrix.shape[0], matrix.shape[1], matrix.dtype)
     if matrix.shape[0] < matrix.shape[1]:
         return gram(adjoint(matrix), rtol).flipped
     rows, size = matrix.shape
@@ -333,7 +372,7 @@ def gram(matrix: Inexact[Array, "m n"], rtol: float = 2e-5) -> Top:
 def svd(matrix: Inexact[Array, "m n"]) -> Top:
     """By the singular value decomposition."""
     if matrix.size == 0:
-        return _empty(matrix.shape[0], matrix.shape[1], matrix.dtype)
+        return empty_top(matrix.shape[0], matrix.shape[1], matrix.dtype)
     peak = _size_or_one(matrix)
     # LAPACK might not return from an infinity.
     finite = jnp.all(jnp.isfinite(matrix))

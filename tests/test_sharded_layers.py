@@ -45,6 +45,9 @@ WRAPPERS: dict[str, Callable] = {
     },
     "weight_norm": ft.partial(eqxreg.WeightNormConstraint, weight_name="weight"),
     "spectral_norm-state": ft.partial(eqxreg.SpectralNormConstraint, key=KEY),
+    "spectral_scale-state": ft.partial(
+        eqxreg.SpectralScaleConstraint, cap=0.5, key=KEY
+    ),
 }
 
 

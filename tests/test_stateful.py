@@ -155,7 +155,7 @@ def test_a_direction_that_overtakes_unseen_is_found():
     assert largest(eqxreg.bake(grown, state).weight) == pytest.approx(1.0, rel=1e-2)
 
 
-def test_inference_freezes_the_vectors(key):
+def test_inference_leaves_the_vectors_as_they_are(key):
     model, state = wrap(eqx.nn.Linear(6, 5, key=key))
     moved = eqx.tree_at(
         lambda m: m.layer.weight, model, sample("float32", shape=(5, 6))

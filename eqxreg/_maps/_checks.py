@@ -1,4 +1,4 @@
-"""What a weight has to be for a map to be applied to it."""
+"""What a weight has to be for a map to be applied to it, and a method to be known."""
 
 from typing import Any, TypeAlias
 
@@ -64,3 +64,13 @@ def check_kept(p: Any, given: Any, result: Any, method: str = "") -> Any:
 
 def _kind(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
+
+
+def check_method(method: Any, known: tuple[str, ...], default: str) -> Any:
+    """`method`, or an error that lists the ones there are."""
+    if method not in (None, *known):
+        names = ", ".join(f'"{name}"' for name in known)
+        raise ValueError(
+            f"`method` must be {names} or None ({default}), got {method!r}."
+        )
+    return method

@@ -15,7 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact
 
-from .._factors import singular_derivative
+from .._factors import (
+    hermitian,
+    known,
+    linearised,
+    positive_part,
+    singular_derivative,
+    top_projector,
+)
 from .._norms import (
     is_half,
     margin,
@@ -68,7 +75,8 @@ def _scaled(matrices: Matrices) -> _Scaled:
     wide = jnp.where(finite, widen(matrices), 0)
     info = jnp.finfo(wide.dtype)
     # The powers of two whose inverses are normal numbers too.
-    peak = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
+    peak = jnp.max(jnp.abs(lax.stop_gradient(wide)), axis=axes, keepdims=True)
+    peak = jnp.where(peak > 0, peak, 1)
     peak = jnp.clip(peak, float(info.tiny), float(2.0 ** (info.maxexp - 2)))
     scale = lax.reduce_precision(peak, exponent_bits=info.nexp, mantissa_bits=0)
     return _Scaled(wide * (1 / scale).astype(wide.dtype), scale, finite)
@@ -88,24 +96,35 @@ def _(primals, tangents):
     = \frac{\lambda_{-i} + \lambda_{-j}}
     {\lambda_{+i} + \lambda_{-i} + \lambda_{+j} + \lambda_{-j}}.$$
     """
-    value, values, vectors = _semidefinite(*primals)
-    [tangent] = tangents
-    wide = widen(tangent)
-    sym = (wide + adjoint(wide)) / 2
+    (matrices,), (tangent,) = primals, tangents
+    value, values, vectors = _semidefinite(lax.stop_gradient(matrices))
     kept = _is_kept(values)
     dropped = _pair_sums(jnp.where(kept, 0, -values))
     total = _pair_sums(jnp.where(kept, jnp.maximum(values, 0), -values))
     share = jnp.where(total > 0, dropped / jnp.where(total > 0, total, 1), 0)
+    at, sym = hermitian(widen(matrices)), hermitian(widen(tangent))
+    fast, smooth = _semidefinite_derivative, _smooth_semidefinite
+    change = linearised(fast, smooth, at, (), (share, vectors), sym)
+    value = known(nearest_semidefinite, value, matrices)
+    return value, change.astype(tangent.dtype)
+
+
+def _semidefinite_derivative(share: Array, vectors: Array, sym: Matrices) -> Matrices:
     inner = matmul(matmul(adjoint(vectors), sym), vectors)
-    lost = matmul(matmul(vectors, share.astype(wide.dtype) * inner), adjoint(vectors))
-    return value, (sym - lost).astype(tangent.dtype)
+    inner = share.astype(inner.dtype) * inner
+    return sym - matmul(matmul(vectors, inner), adjoint(vectors))
+
+
+def _smooth_semidefinite(sym: Matrices, _: tuple[()]) -> Matrices:
+    scaled = _scaled(sym)
+    return scaled.undo(scaled.matrices + positive_part(-scaled.matrices))
 
 
 def _semidefinite(matrices: Matrices) -> tuple[Matrices, Array, Array]:
     """The nearest positive semidefinite matrices, and the eigenvalues, ascending, and
     eigenvectors of the symmetric parts, scaled."""
     scaled = _scaled(matrices)
-    sym = (scaled.matrices + adjoint(scaled.matrices)) / 2
+    sym = hermitian(scaled.matrices)
     values, vectors = jnp.linalg.eigh(sym, symmetrize_input=False)
     symmetric = jnp.all(matrices == adjoint(matrices), axis=(-2, -1))
     fits = symmetric & jnp.all(_is_kept(values), axis=-1)
@@ -160,8 +179,8 @@ def nearest_of_rank(rank: int, tall: Matrices) -> Matrices:
 
 @nearest_of_rank.defjvp
 def _(rank, primals, tangents):
-    value, u, s, v = _of_rank(rank, *primals)
-    [tangent] = tangents
+    (tall,), (tangent,) = primals, tangents
+    value, u, s, v = _of_rank(rank, lax.stop_gradient(tall))
     kept = jnp.arange(s.shape[-1]) < rank
     kept = jnp.broadcast_to(kept, s.shape)
     top = s[..., :1]
@@ -179,9 +198,17 @@ def _(rank, primals, tangents):
     plus = jnp.where(
         wide_enough, _pair_sums(share) / jnp.where(wide_enough, gap, 1), minus
     )
-    ratio = kept.astype(s.dtype)
-    change = singular_derivative(u, s, v, plus, minus, ratio, widen(tangent))
+    parts = (u, v, plus, minus, kept.astype(s.dtype))
+    at, smooth = widen(tall), ft.partial(_smooth_of_rank, rank)
+    change = linearised(singular_derivative, smooth, at, (), parts, widen(tangent))
+    value = known(ft.partial(nearest_of_rank, rank), value, tall)
     return value, change.astype(tangent.dtype)
+
+
+def _smooth_of_rank(rank: int, tall: Matrices, _: tuple[()]) -> Matrices:
+    scaled = _scaled(tall)
+    gram = matmul(adjoint(scaled.matrices), scaled.matrices)
+    return scaled.undo(matmul(scaled.matrices, top_projector(rank, gram)))
 
 
 def _of_rank(rank: int, tall: Matrices) -> tuple[Matrices, Array, Array, Array]:

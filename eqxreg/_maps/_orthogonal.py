@@ -20,6 +20,7 @@ from .._norms import (
 )
 from .._polar import Way, as_tall, gram_of, orthogonality_error, polar
 from .._singular import adjoint, matmul
+from ._checks import check_method
 from ._matrix import (
     MatrixMap,
     MatrixProjection,
@@ -30,7 +31,6 @@ from ._matrix import (
     on_matrices,
     to_matrices,
 )
-from ._spectral import check_method
 
 
 class Orthogonal(MatrixProjection):
@@ -119,6 +119,10 @@ class AlmostOrthogonal(MatrixMap):
 
     The result is orthogonal if the columns of $W$ are orthogonal to each other, and
     training drives them there. A column of zeros stays zero.
+
+    A convolution's kernel counts as the matrix of its filters, and what is at most 1 is
+    the norm of that. The convolution may stretch an image by more: by 1.3 to 3 for
+    kernels of 3 x 3.
 
     Not every matrix of norm at most 1 is a result. Wrapping a layer keeps its weight if
     it is one, and otherwise multiplies it by a number (by several, if its columns fall

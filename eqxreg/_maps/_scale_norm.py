@@ -2,8 +2,8 @@ r"""Weights scaled so that a norm that is a largest singular value is as planned
 
 A plan of `_rescale.py` says what the norm is to be, as it does for the norm maps; what
 differs is the norm and its derivative. A `Measure` says what norm it is and how it is
-found: of a matrix or of any linear map that the weight makes, anew or from a vector
-that was good a moment ago.
+found: of a matrix or of any linear map that the weight makes; anew, from a vector that
+was good a moment ago, or from one that may have been.
 """
 
 import functools as ft
@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact
 
+from .._attained import attained, moving
 from .._norms import narrow, widen
+from .._settled import settled
 from .._singular import (
+    LinearIn,
     LinearMap,
     Top,
-    attained,
     fixed_vector,
     gram,
     lanczos,
@@ -39,7 +41,7 @@ Estimator = Literal["lanczos", "gram", "svd"]
 class Measure(NamedTuple):
     """A norm of a weight, as the norm of a linear map that the weight makes."""
 
-    linear: Callable[[Array], LinearMap]
+    linear: LinearIn
     """The map, which depends on the weight linearly."""
     top: Callable[[Array, Array], Top]
     """Its largest singular value, from a weight and a vector to start from."""
@@ -89,11 +91,9 @@ def _norm_factor(plan, measure, weight, start, bound):
 @_norm_factor.defjvp
 def _(plan, measure, primals, tangents):
     (weight, start, bound), (tangent, *_) = primals, tangents
-    # The singular vectors count as constant: at the top of the spectrum their motion
-    # does not change the value, to first order.
     made, top = _planned(plan, measure, lax.stop_gradient(weight), start, bound)
-    value = attained(top.value, top, measure.linear(widen(weight)).forward)
-    top = Top(value, top.left, top.right)
+    value = attained(measure.linear, widen(weight), top)
+    top = Top(value, *moving(measure.linear, widen(weight), top))
     factor = jnp.where(made.moves, _factor(made, top), 1)
     along = _along(measure, top, widen(tangent)) / jnp.where(value > 0, value, 1)
     following = next_start(top, start)
@@ -125,7 +125,7 @@ def _is_positive(value: Array) -> Bool[Array, ""]:
 
 
 def _along(measure: Measure, top: Top, tangent: Array) -> Float[Array, ""]:
-    left, right = lax.stop_gradient((top.left, top.right))
+    _, left, right = top
     if measure.linear is of_matrix:
         # One pass over the tangent; in the transpose an outer product, which is never
         # written to memory by itself.
@@ -138,7 +138,7 @@ def _along(measure: Measure, top: Top, tangent: Array) -> Float[Array, ""]:
 # Estimates of the norm of a matrix, from a weight and a vector to start from.
 
 
-def _lanczos(linear: Callable[[Array], LinearMap], weight: Array, start: Array) -> Top:
+def _lanczos(linear: LinearIn, weight: Array, start: Array) -> Top:
     return from_start(linear(weight), start)
 
 
@@ -153,15 +153,12 @@ def from_start(linear: LinearMap, start: Inexact[Array, " n"], **options: Any) -
     return lanczos(linear, start, **options)
 
 
-def _power(
-    steps: int, linear: Callable[[Array], LinearMap], weight: Array, start: Array
-) -> Top:
+def _power(steps: int, linear: LinearIn, weight: Array, start: Array) -> Top:
     return power_iteration(linear(weight), start, steps)
 
 
-def _frozen(linear: Callable[[Array], LinearMap], weight: Array, start: Array) -> Top:
-    left, value = unit(linear(weight).forward(start))
-    return Top(value, left, start)
+def _settled(linear: LinearIn, weight: Array, start: Array) -> Top:
+    return settled(linear(weight), start)
 
 
 ESTIMATORS: dict[str, Measure] = {
@@ -171,27 +168,27 @@ ESTIMATORS: dict[str, Measure] = {
 }
 
 
-def cold(linear: Callable[[Array], LinearMap]) -> Measure:
+def cold(linear: LinearIn) -> Measure:
     """The norm of a linear map, from any start."""
     return ESTIMATORS["lanczos"] if linear is of_matrix else _by(_lanczos, linear)
 
 
-def warm(steps: int, linear: Callable[[Array], LinearMap] = of_matrix) -> Measure:
+def warm(steps: int, linear: LinearIn = of_matrix) -> Measure:
     """By steps of power iteration, from what the last ones found."""
     return _warm(steps) if linear is of_matrix else _by(_power, linear, steps)
 
 
-def frozen(linear: Callable[[Array], LinearMap] = of_matrix) -> Measure:
-    """By the vector that was found, unchanged."""
-    return _FROZEN if linear is of_matrix else _by(_frozen, linear)
+def sure(linear: LinearIn = of_matrix) -> Measure:
+    """From a vector that may have been good once: to 1e-3, whatever it is."""
+    return _SURE if linear is of_matrix else _by(_settled, linear)
 
 
-def _by(top: Callable, linear: Callable[[Array], LinearMap], *args: int) -> Measure:
+def _by(top: Callable, linear: LinearIn, *args: int) -> Measure:
     return Measure(linear, ft.partial(top, *args, linear))
 
 
 # One object for each, for what is compiled is kept by measure.
-_FROZEN = _by(_frozen, of_matrix)
+_SURE = _by(_settled, of_matrix)
 
 
 @ft.cache
@@ -218,13 +215,13 @@ def block_factors(measure, plan, bound, matrices, starts):
 def block_values(measure, matrices, starts):
     def value(matrix, start):
         top = measure.top(lax.stop_gradient(matrix), start)
-        return attained(top.value, top, of_matrix(matrix).forward)
+        return attained(of_matrix, matrix, top)
 
     return over_blocks(value, matrices, starts)
 
 
-# From a vector that was good before the last few updates.
-WARM_LANCZOS = Measure(
-    of_matrix,
-    lambda weight, start: from_start(of_matrix(weight), start, steps=6),
-)
+@ft.partial(jax.jit, inline=True)
+def settled_blocks(bound, matrices, starts):
+    """The largest singular values, where they are not well below a bound."""
+    top = lambda matrix, start: settled(of_matrix(matrix), start, enough=bound)
+    return over_blocks(top, matrices, starts)

@@ -5,7 +5,7 @@ does it. `SpectralCap` moves each singular value by itself.
 """
 
 import abc
-from typing import Any, ClassVar, get_args
+from typing import ClassVar, get_args
 
 import equinox as eqx
 import jax
@@ -13,13 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact
 
+from .._cap import cap
 from .._norms import anywhere, tolerance, wide_dtype, widen
-from .._polar import Way, cap
-from .._singular import (
-    Top,
-    fixed_vector,
-)
+from .._polar import Way
+from .._singular import Top, fixed_vector
 from ._bounds import Bound, StoredBound, bound_value, check_bound
+from ._checks import check_method
 from ._factored import Factored, is_factorable
 from ._matrix import (
     MatrixProjection,
@@ -31,13 +30,11 @@ from ._matrix import (
     check_matrix,
     from_matrices,
     on_matrices,
-    over_blocks,
     to_matrices,
 )
 from ._rescale import at_most, exactly
 from ._scale_norm import (
     ESTIMATORS,
-    WARM_LANCZOS,
     Estimator,
     Measure,
     Target,
@@ -45,17 +42,10 @@ from ._scale_norm import (
     block_values,
     next_start,
     scaled_blocks,
+    settled_blocks,
+    sure,
+    warm,
 )
-
-
-def check_method(method: Any, known: tuple[str, ...], default: str) -> Any:
-    """`method`, or an error that lists the ones there are."""
-    if method not in (None, *known):
-        names = ", ".join(f'"{name}"' for name in known)
-        raise ValueError(
-            f"`method` must be {names} or None ({default}), got {method!r}."
-        )
-    return method
 
 
 class _SpectralScaling(MatrixProjection):
@@ -133,14 +123,10 @@ class _SpectralScaling(MatrixProjection):
         return self.measured(weight, measure, cold_start)[1]
 
     def _step(self, weight, start):
-        return self.measured(weight, WARM_LANCZOS, start)
+        return self.measured(weight, sure(), start)
 
     def _matrices(self, weight: Array) -> Array:
         return to_matrices(weight, self.matrix, self.blocks)
-
-    def top(self, weight: Array, measure: Measure, starts: Array) -> Top:
-        """The largest singular values of the matrices, and their vectors."""
-        return over_blocks(measure.top, widen(self._matrices(weight)), starts)
 
     def singular_values(self, weight: Inexact[Array, "..."]) -> Float[Array, " blocks"]:
         """The largest singular value of each matrix."""
@@ -173,8 +159,8 @@ class SpectralNorm(_SpectralScaling):
     two, for it remembers the singular vectors.
 
     The gradient is $\frac{c}{\sigma_1} (G - \frac{1}{\sigma_1} \langle W, G \rangle\,
-    u_1 v_1^H)$. Singular vectors count as constants in second derivatives. A zero
-    weight stays zero, with the gradient of the identity.
+    u_1 v_1^H)$, and has gradients itself. A zero weight stays zero, with the gradient
+    of the identity.
 
     Weights of any size are right, as long as $c / \sigma_1$ is a normal number: in
     single precision up to $\sigma_1 = 8 \cdot 10^{37} c$, beyond which the result is
@@ -182,8 +168,8 @@ class SpectralNorm(_SpectralScaling):
 
     A convolution's kernel counts as the matrix of its filters, whose norm is less than
     that of the convolution, by a factor of up to the square root of the number of
-    pixels of the kernel. For the convolution itself use
-    [`eqxreg.SpectralNormConstraint`][] with its `input_shape`.
+    pixels of the kernel. For the convolution itself, at one size of images or at every
+    one, use [`eqxreg.SpectralNormConstraint`][] with its `input_shape`.
 
     !!! example
 
@@ -259,9 +245,10 @@ class SpectralScale(_SpectralScaling):
     $$W \mapsto W \min\left(1, \frac{c}{\sigma_1(W)}\right).$$
 
     Cheaper than [`eqxreg.SpectralCap`][], which is the nearest point of the same set.
-    All else is as in [`eqxreg.SpectralNorm`][]. Since the singular value is found from
-    below, the result may be above `cap` by the error of that, 1e-3 at most and far less
-    as a rule; with `method="gram"` it is never above.
+    All else is as in [`eqxreg.SpectralNorm`][], and
+    [`eqxreg.SpectralScaleConstraint`][] is the one that remembers. Since the singular
+    value is found from below, the result may be above `cap` by the error of that, 1e-3
+    at most and far less as a rule; with `method="gram"` it is never above.
 
     !!! example
 
@@ -310,6 +297,24 @@ class SpectralScale(_SpectralScaling):
         tol = tolerance(weight.dtype) if tol is None else tol
         values = self.singular_values(weight)
         return jnp.all(values <= bound_value(self.cap, values.dtype) * (1 + tol))
+
+    # Much of the time a projection after the update finds a matrix that is well inside,
+    # and a few products are enough to see that. So it is for `SpectralCap`.
+
+    def _step(self, weight, start):
+        def step(weight, start):
+            top = self.tops(weight, start)
+            start = jax.vmap(next_start)(top, start)
+            return self.measured(weight, warm(1), start)
+
+        return automatically_sharded(step, weight, start)
+
+    def tops(self, weight: Array, starts: Array) -> Top:
+        """The largest singular values of the matrices, where they are not well below
+        the bound, and their vectors."""
+        matrices = lax.stop_gradient(widen(self._matrices(weight)))
+        bound = bound_value(self.cap, wide_dtype(weight.dtype))
+        return settled_blocks(bound, matrices, starts)
 
 
 class SpectralCap(MatrixProjection):
@@ -385,15 +390,12 @@ class SpectralCap(MatrixProjection):
     def _sizes(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
         return self._scaling._sizes(weight)
 
-    # Much of the time a projection after the update finds a matrix that is well inside,
-    # and a few products from a good start are enough to see that.
-
     def _start(self, weight):
         return self._scaling._start(weight)
 
     def _step(self, weight, start):
         def step(weight, start):
-            top = self._scaling.top(weight, WARM_LANCZOS, start)
+            top = self._scaling.tops(weight, start)
             bound = bound_value(self.cap, top.value.dtype)
             near = anywhere(jnp.any(~(top.value < 0.9 * bound)))
             # Not `self`, which has no hash if its bound is traced.
