@@ -44,7 +44,7 @@ COSTS = {
     "unit_norm": (gradient_of(eqxreg.UnitNorm(axis="unit")), 10.1, 225),
     "weight_norm": (gradient_of(WeightNorm("unit", jnp.ones((SIZE, 1)))), 10.1, 195),
     "box": (gradient_of(eqxreg.Box(-1, 1)), 5.1, 45),
-    "spectral_norm": (one_power_step, 8.1, 315),
+    "spectral_norm": (one_power_step, 8.1, 320),
 }
 
 
