@@ -271,7 +271,7 @@ def test_the_gradient_of_a_cap_is_right_far_below_the_largest_value(ratio):
     inner = u.T @ np.asarray(cotangent, float) @ vh.T
     inner = plus * (inner + inner.T) / 2 + minus * (inner - inner.T) / 2
     expected = u @ inner @ vh
-    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    error = np.linalg.norm(np.asarray(found) - expected) / np.linalg.norm(expected)
     assert error < 5e-5
 
 
