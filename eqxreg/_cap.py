@@ -239,13 +239,13 @@ def _capped_once(x: Matrices, c: Array, ratio: Array) -> Matrices:
     magnitude = matmul(shifted, sign)
     larger = (gram + eye_like(gram) + (magnitude + adjoint(magnitude)) / 2) / 2
 
-    def root(y, z, alpha, beta):
+    def both_roots(y, z, alpha, beta):
         factor = combined(alpha, beta, matmul(z, y))
         return matmul(y, factor), matmul(factor, z)
 
     ratio = jnp.sqrt(size + 1)
     _, inverse_root = _settle(
-        root, larger / (size + 1).astype(x.dtype), eye_like(gram), 1 / ratio
+        both_roots, larger / (size + 1).astype(x.dtype), eye_like(gram), 1 / ratio
     )
     return matmul(x, inverse_root / ratio.astype(x.dtype))
 

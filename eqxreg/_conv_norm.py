@@ -115,9 +115,7 @@ def torus_map(
         )
         return out.ravel()
 
-    zero = jax.ShapeDtypeStruct((math.prod(shape),), kernel.dtype)
-    pullback = jax.linear_transpose(apply, zero)
-    return LinearMap(apply, lambda y: jnp.conj(pullback(jnp.conj(y))[0]))
+    return LinearMap.of(apply, jax.ShapeDtypeStruct((math.prod(shape),), kernel.dtype))
 
 
 def torus_size(shape: Sequence[int], convolution: Convolution) -> int:

@@ -95,8 +95,7 @@ def linear_part(
 
         zero = jnp.zeros(size, weight.dtype)
         _, forward = jax.linearize(apply, zero)
-        pullback = jax.linear_transpose(forward, zero)
-        return LinearMap(forward, lambda y: jnp.conj(pullback(jnp.conj(y))[0]))
+        return LinearMap.of(forward, zero)
 
     return linear
 

@@ -20,7 +20,7 @@ their directions.
 import functools as ft
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,12 @@ class LinearMap(NamedTuple):
 
     forward: Callable[[Array], Array]
     adjoint: Callable[[Array], Array]
+
+    @classmethod
+    def of(cls, forward: Callable[[Array], Array], vector: Any) -> "LinearMap":
+        """A linear function of vectors like this, with the adjoint that JAX finds."""
+        pullback = jax.linear_transpose(forward, vector)
+        return cls(forward, lambda y: jnp.conj(pullback(jnp.conj(y))[0]))
 
     @property
     def flipped(self) -> "LinearMap":

@@ -117,13 +117,13 @@ class SpectralConstraint(Constraint):
         linear = of_matrix if operator is None else operator.linear
         if state is None:
             return self._anew(i, operator, raw), None
-        is_frozen = self.inference if inference is None else inference
+        in_inference = self.inference if inference is None else inference
         steps = self.num_power_iterations
-        measure = sure(linear) if is_frozen else warm(steps, linear)
+        measure = sure(linear) if in_inference else warm(steps, linear)
         index = self._memories[i]
         memory = state.get(index)
         starts = memory.vectors
-        if not is_frozen:
+        if not in_inference:
             starts = self._started(i, operator, raw, memory)
         weight, vectors = None, starts
         if to_multiply and operator is None:
@@ -131,7 +131,7 @@ class SpectralConstraint(Constraint):
         if weight is None:
             measured = lambda raw, starts: self._measured(i, raw, measure, starts)
             weight, vectors = per_layer(measured, raw, self._rank(i), starts)
-        if is_frozen:
+        if in_inference:
             return weight, state
         return weight, state.set(index, memory.after(vectors))
 
