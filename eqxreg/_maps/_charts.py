@@ -15,8 +15,9 @@ from jax import lax
 from jaxtyping import Array, Inexact
 
 from .._bits import Constant, value_of
+from .._factors import known
 from .._norms import anywhere, is_half, tolerance, widen
-from .._polar import as_tall, gram_of, polished
+from .._polar import as_tall, eye_like, gram_of, polished
 from .._singular import adjoint, matmul
 from ._checks import check_values
 from ._matrix import (
@@ -36,7 +37,8 @@ from ._orthogonal import Orthogonal
 # exact to rounding, in single precision.
 _PADE_REACH = 3.9
 
-_MOST_HALVINGS = 18
+# After a few halvings, squaring leaves no more than one polish repairs.
+_FEW_HALVINGS, _MOST_HALVINGS = 5, 18
 
 
 class _Chart(MatrixMap):
@@ -129,7 +131,7 @@ class _Chart(MatrixMap):
         skew = (inner - adjoint(inner)) / 2
         is_square = base.shape[-2] == base.shape[-1]
         across = None if is_square else raw - matmul(base, inner)
-        return polished(self._move(base, skew, across))
+        return _repaired(self._move(base, skew, across))
 
     def _wide(self, weight: Array) -> Array:
         return widen(to_matrices(weight, self.matrix, self.blocks))
@@ -270,18 +272,21 @@ class MatrixExp(_Chart):
         super().__init__(matrix, blocks, base)
 
     def _move(self, base: Array, skew: Array, across: Array | None) -> Array:
-        # Many squarings leave more than rounding: one polish here, one by the caller.
         if across is None:
-            return polished(matmul(base, _exponential(skew)))
-        # The exponent acts within the span of `base` and `across`, and there as a
-        # matrix of twice the size of the smaller side.
-        frame = _frame(across)
-        scaled = lax.linalg.triangular_solve(frame, across)
-        above = jnp.concatenate([skew, -matmul(adjoint(across), scaled)], axis=-1)
-        below = jnp.concatenate([frame, jnp.zeros_like(skew)], axis=-1)
-        inner = jnp.concatenate([above, below], axis=-2)
-        power = _exponential(inner)[..., : skew.shape[-1]]
-        return polished(matmul(jnp.concatenate([base, scaled], axis=-1), power))
+            power, far = _exponential(skew)
+            moved = matmul(base, power)
+        else:
+            # The exponent acts within the span of `base` and `across`, and there as a
+            # matrix of twice the size of the smaller side.
+            frame = _frame(across)
+            scaled = lax.linalg.triangular_solve(frame, across)
+            above = jnp.concatenate([skew, -matmul(adjoint(across), scaled)], axis=-1)
+            below = jnp.concatenate([frame, jnp.zeros_like(skew)], axis=-1)
+            power, far = _exponential(jnp.concatenate([above, below], axis=-2))
+            span = jnp.concatenate([base, scaled], axis=-1)
+            moved = matmul(span, power[..., : skew.shape[-1]])
+        # Many squarings leave more than rounding: one polish here, one by the caller.
+        return lax.cond(far, _repaired, lambda moved: moved, moved)
 
     def _undo(self, base: Array, tall: Array) -> Array:
         is_square = base.shape[-2] == base.shape[-1]
@@ -299,38 +304,62 @@ class MatrixExp(_Chart):
         return lax.fori_loop(0, 50 if is_square else 500, step, jnp.zeros_like(tall))
 
 
-def _exponential(square: Array) -> Array:
+def _repaired(tall: Array) -> Array:
+    """Polished, and differentiated as `tall` itself, which is orthogonal but for
+    rounding wherever it is computed: so polishing is the identity, in all orders."""
+    return known(lambda tall: tall, polished(tall), tall)
+
+
+def _exponential(square: Array) -> tuple[Array, Array]:
     """By scaling and squaring. JAX's own halves a matrix once less than its Padé
-    approximations ask for, which costs up to eight digits."""
+    approximations ask for, which costs up to eight digits. Also whether any matrix was
+    halved many times."""
     norms = jnp.max(jnp.sum(jnp.abs(lax.stop_gradient(square)), axis=-2), axis=-1)
     halvings = jnp.ceil(jnp.log2(norms / _PADE_REACH))[..., None, None]
     halvings = jnp.clip(halvings, 0, _MOST_HALVINGS).astype(jnp.int32)
     scale = jnp.ldexp(jnp.ones(halvings.shape, norms.dtype), -halvings)
+    # NaN for what is out of reach even so.
     scaled = square * scale.astype(square.dtype)
+    power = jax.scipy.linalg.expm(scaled, max_squarings=0)
 
-    # What all the steps that do nothing would keep for the backward pass is a lot.
-    @jax.checkpoint
     def step(power, i):
         more = i < halvings
         squared = lambda power: jnp.where(more, matmul(power, power), power)
         again = anywhere(jnp.any(more))
         return lax.cond(again, squared, lambda power: power, power), None
 
-    # NaN for what is out of reach even so.
-    power = jax.scipy.linalg.expm(scaled, max_squarings=0)
-    return lax.scan(step, power, jnp.arange(_MOST_HALVINGS, dtype=jnp.int32))[0]
+    for i in range(_FEW_HALVINGS):
+        power, _ = step(power, i)
+
+    # What all the steps that do nothing would keep for the backward pass is a lot.
+    @jax.checkpoint
+    def rest(power):
+        steps = jnp.arange(_FEW_HALVINGS, _MOST_HALVINGS, dtype=jnp.int32)
+        return lax.scan(jax.checkpoint(step), power, steps)[0]
+
+    far = anywhere(jnp.any(halvings > _FEW_HALVINGS))
+    return lax.cond(far, rest, lambda power: power, power), far
 
 
 def _frame(across: Array) -> Array:
-    r"""A triangular $T$ with $T^H T = K^H K + I$. By $K T^{-1}$ in the place of $K$,
-    the exponent is skew but for what is small. The result is the same for every $T$,
-    and so are derivatives: it is a constant."""
-    eye = jnp.eye(across.shape[-1], dtype=across.dtype)
-    eye = jnp.broadcast_to(eye, (*across.shape[:-2], *eye.shape))
-    # Not by Cholesky's factors of the sum, in which what is small beside large singular
-    # values of K is gone.
-    both = jnp.concatenate([lax.stop_gradient(across), eye], axis=-2)
-    return jnp.linalg.qr(both, mode="r")
+    r"""A triangular $T$ with $T^H T = K^H K + I$, roughly. By $K T^{-1}$ in the place
+    of $K$, the exponent is skew but for what is small. The result is the same for every
+    $T$, and so are derivatives: it is a constant."""
+    across = lax.stop_gradient(across)
+    gram = gram_of(across)
+    eye = eye_like(gram)
+
+    def near(across):
+        return adjoint(jnp.linalg.cholesky(gram + eye))
+
+    # Beside large singular values of K, what is small is gone from the sum.
+    def far(across):
+        both = jnp.concatenate([across, jnp.broadcast_to(eye, gram.shape)], axis=-2)
+        return jnp.linalg.qr(both, mode="r")
+
+    size = jnp.max(jnp.trace(gram.real, axis1=-2, axis2=-1), initial=0)
+    is_far = size > 0.01 / jnp.finfo(size.dtype).eps
+    return lax.cond(anywhere(is_far), far, near, across)
 
 
 def _divided(above: Array, below: Array) -> Array:
