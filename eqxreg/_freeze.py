@@ -82,11 +82,11 @@ class Frozen(Wrapper):
             chosen = chosen_leaves(where, layer)
         else:
             chosen = require_selection(where, layer, "where")
-        layer = _with_frozen(layer, _trainable_ones(chosen, layer))
+        layer = with_frozen(layer, trainable_ones(chosen, layer))
         self.layer = layer
         names = [
             dataclasses.replace(site, entries=site.entries[:-1]).dotted(0)
-            for site in _outside(sites(layer))
+            for site in outside_frozen(sites(layer))
             if is_frozen(site.owner)
         ]
         # Each array has several parts.
@@ -179,10 +179,10 @@ def freeze(model: PyTree, where: Any) -> PyTree:
         ```
     """
     where = part(where, model)
-    chosen = _trainable_ones(require_selection(where, model, "where"), model)
+    chosen = trainable_ones(require_selection(where, model, "where"), model)
     found = [s for s, c in zip(sites(model), chosen, strict=True) if c]
     # An array within a frozen layer needs no other wrapper.
-    depths = {site.entries[: wrapping_depth(site)] for site in _outside(found)}
+    depths = {site.entries[: wrapping_depth(site)] for site in outside_frozen(found)}
 
     def wrap(node: Any, entries: tuple) -> Any:
         if is_frozen(node):
@@ -190,7 +190,7 @@ def freeze(model: PyTree, where: Any) -> PyTree:
         node = map_children(wrap, node, entries)
         return Frozen(node, _nothing) if entries in depths else node
 
-    return wrap(_with_frozen(model, chosen), ())
+    return wrap(with_frozen(model, chosen), ())
 
 
 def thaw(model: _Model) -> _Model:
@@ -271,18 +271,18 @@ def _nothing(tree: PyTree) -> PyTree[bool]:
     return jax.tree.map(lambda _: False, tree)
 
 
-def _trainable_ones(chosen: list[bool], tree: PyTree) -> list[bool]:
+def trainable_ones(chosen: list[bool], tree: PyTree) -> list[bool]:
     both = zip(chosen, chosen_leaves(trainable, tree), strict=True)
     return [is_chosen and possible for is_chosen, possible in both]
 
 
-def _with_frozen(tree: PyTree, chosen: list[bool]) -> PyTree:
+def with_frozen(tree: PyTree, chosen: list[bool]) -> PyTree:
     leaves, structure = jax.tree.flatten(tree)
     pairs = zip(leaves, chosen, strict=True)
     return structure.unflatten([FrozenArray.of(x) if c else x for x, c in pairs])
 
 
-def _outside(found: list[Site]) -> list[Site]:
+def outside_frozen(found: list[Site]) -> list[Site]:
     """The sites that are in no frozen layer."""
     return [
         site

@@ -135,7 +135,7 @@ def combined(alpha: Array, beta: Array, square: Array) -> Array:
     return alpha.astype(square.dtype) * eye - beta.astype(square.dtype) * square
 
 
-def _iterate(x: Matrices, low: Float[Array, "blocks 1 1"]) -> Matrices:
+def iterated(x: Matrices, low: Float[Array, "blocks 1 1"]) -> Matrices:
     """The polar factor of matrices with singular values between about `low` and 1, by
     products only."""
     eps = float(jnp.finfo(x.dtype).eps)
@@ -202,7 +202,7 @@ def _polar(tol, method, tall):
 
     def from_near(scaled, spread):
         low = jnp.sqrt((1 - spread) / (1 + spread))
-        return _iterate(scaled / jnp.sqrt(1 + spread).astype(scaled.dtype), low)
+        return iterated(scaled / jnp.sqrt(1 + spread).astype(scaled.dtype), low)
 
     def from_afar(scaled, spread):
         del spread
@@ -262,4 +262,4 @@ def _polar_by_products(tall):
     rows, columns = tall.shape[-2:]
     seed = fixed_vector(rows * columns, tall.dtype).reshape(1, rows, columns)
     seed = seed * (eps * math.sqrt(columns) / 2)
-    return _iterate(x + seed, jnp.full_like(high, eps))
+    return iterated(x + seed, jnp.full_like(high, eps))

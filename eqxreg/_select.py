@@ -69,7 +69,7 @@ class Selector:
         A selector of those arrays of this one's that are at one of the paths or below
         it: `eqxreg.trainable.under("layers[0]")` selects all arrays of that layer.
         """
-        selects = _Both(self._selects, _Under(_strings(paths, "paths")))
+        selects = _Both(self._selects, Under(as_strings(paths, "paths")))
         text = ", ".join(map(repr, paths))
         return Selector(selects, f"{self._text}.under({text})")
 
@@ -146,7 +146,7 @@ class _Not:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Under:
+class Under:
     """What is at one of some paths from the root, or below it."""
 
     paths: tuple[str, ...]
@@ -162,7 +162,7 @@ class _Under:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Among:
+class Among:
     """Some arrays, by identity."""
 
     ids: frozenset[int]
@@ -177,7 +177,7 @@ class _OfLayers:
 
     layer_types: tuple[type, ...]
     names: tuple[str, ...] | None
-    under: _Under | None
+    under: Under | None
     where: Callable[[str, Any, Array], bool] | None
 
     def __call__(self, site: Site) -> bool:
@@ -330,8 +330,8 @@ def select(
             )
     selects = _OfLayers(
         layer_types,
-        None if names is None else _strings(names, "names"),
-        None if under is None else _Under(_strings(under, "under")),
+        None if names is None else as_strings(names, "names"),
+        None if under is None else Under(as_strings(under, "under")),
         where,
     )
     text = [t.__name__ for t in layer_types]
@@ -341,7 +341,7 @@ def select(
     return Selector(selects, f"eqxreg.select({', '.join(text)})")
 
 
-def _strings(given: Any, argument: str) -> tuple[str, ...]:
+def as_strings(given: Any, argument: str) -> tuple[str, ...]:
     """One or several names or paths, as several; an error if one says nothing."""
     found = given if isinstance(given, list | tuple) else (given,)
     if not found or not all(isinstance(text, str) and parse(text) for text in found):
@@ -358,9 +358,9 @@ def part(where: Any, tree: PyTree) -> Any:
     `eqx.tree_at`."""
     several = isinstance(where, list | tuple) and len(where) > 0
     if isinstance(where, str) or (several and all(isinstance(w, str) for w in where)):
-        paths = _strings(where, "where")
+        paths = as_strings(where, "where")
         for path in paths:
-            require_selection(Selector(_Under((path,)), repr(path)), tree, "where")
+            require_selection(Selector(Under((path,)), repr(path)), tree, "where")
         return trainable.under(*paths)
     is_tree = _is_mask(where) or _is_of_numbers(where)
     if is_tree or isinstance(where, Selector | type) or not callable(where):
@@ -369,7 +369,7 @@ def part(where: Any, tree: PyTree) -> Any:
     if _is_mask(found):
         return found
     ids = {id(leaf) for leaf in jax.tree.leaves(found) if eqx.is_inexact_array(leaf)}
-    return Selector(_Among(frozenset(ids)), repr(where))
+    return Selector(Among(frozenset(ids)), repr(where))
 
 
 @overload

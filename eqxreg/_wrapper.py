@@ -66,13 +66,13 @@ class Wrapper(eqx.nn.StatefulLayer):
             takes_state = _is_given_state(args, kwargs) or _depends_on_state(self)
             if not (needs_state(self) and takes_state):
                 layer, _ = self._evaluated(None, kwargs.get("inference"), True)
-                return layer(*args, **_accepted(layer, kwargs))
+                return layer(*args, **accepted(layer, kwargs))
             args, kwargs, state = _take_state(args, kwargs, type(self).__name__)
             layer, state = self._evaluated(state, kwargs.get("inference"), True)
             if isinstance(layer, eqx.nn.StatefulLayer) and layer.is_stateful():
                 kwargs = {**kwargs, "state": state}
-                return layer(*args, **_accepted(layer, kwargs))
-            return layer(*args, **_accepted(layer, kwargs)), state
+                return layer(*args, **accepted(layer, kwargs))
+            return layer(*args, **accepted(layer, kwargs)), state
 
     # A sequence of layers stays one. Python looks for these on the class alone.
 
@@ -195,14 +195,18 @@ def evaluate(
         return node, state
     if isinstance(node, Wrapper):
         return node._evaluated(state, inference, to_call)
-    return _evaluate_foreign(node, state, inference)
+    return evaluate(*rewritten(node, state, inference), inference)
 
 
-def _evaluate_foreign(node: Any, state: Any, inference: bool | None):
+def rewritten(
+    node: Any, state: Any, inference: bool | None
+) -> tuple[Any, Any]:
+    """What a wrapper that is not ours wraps, with its weight as that makes it, and the
+    new state."""
     within = node.layer
     probed = replace(node, "layer", _Probe(thawed(within)))
     kwargs = {} if inference is None else {"inference": inference}
-    kwargs = _accepted(node, kwargs)
+    kwargs = accepted(node, kwargs)
     # The input of a probe; it never reaches a layer.
     x = jnp.zeros(())
     try:
@@ -216,7 +220,7 @@ def _evaluate_foreign(node: Any, state: Any, inference: bool | None):
         raise TypeError(_does_more(node)) from error
     if type(layer) is not type(within):
         raise TypeError(_does_more(node))
-    return evaluate(layer, state, inference)
+    return layer, state
 
 
 def _does_more(node: Any) -> str:
@@ -250,7 +254,7 @@ def _parameters(cls: type) -> frozenset[str] | None:
     return frozenset(p.name for p in parameters)
 
 
-def _accepted(layer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def accepted(layer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """`kwargs` without the `key` and the `inference` that `layer` does not take."""
     taken = _parameters(type(layer))
     if taken is None:

@@ -15,8 +15,7 @@ from jax import lax
 from jaxtyping import Array, Inexact
 
 from .._bits import Constant, value_of
-from .._factors import known
-from .._norms import anywhere, is_half, tolerance, widen
+from .._norms import anywhere, is_half, tolerance, widen, with_derivative_of
 from .._polar import as_tall, eye_like, gram_of, polished
 from .._singular import adjoint, matmul
 from ._checks import check_values
@@ -307,7 +306,7 @@ class MatrixExp(_Chart):
 def _repaired(tall: Array) -> Array:
     """Polished, and differentiated as `tall` itself, which is orthogonal but for
     rounding wherever it is computed: so polishing is the identity, in all orders."""
-    return known(lambda tall: tall, polished(tall), tall)
+    return with_derivative_of(polished(tall), tall)
 
 
 def _exponential(square: Array) -> tuple[Array, Array]:

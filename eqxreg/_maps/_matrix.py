@@ -15,13 +15,12 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Inexact
 
+from .._polar import Matrices
 from .._norms import check_axis, resolve_axes
 from ._base import Parametrization, Projection
 from ._checks import Shaped, check_dtype
 
 
-Matrices: TypeAlias = Inexact[Array, "blocks rows columns"]
-"""A weight as its matrices."""
 
 Rows: TypeAlias = str | int | tuple[int, ...]
 """`"unit"`, or the axes that are the rows."""

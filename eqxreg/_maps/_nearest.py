@@ -31,7 +31,7 @@ from .._norms import (
     widen,
 )
 from .._singular import adjoint, matmul
-from ._matrix import Matrices
+from .._polar import Matrices
 
 
 def minus_adjoint(matrices: Matrices) -> Matrices:
