@@ -8,16 +8,12 @@ all three.
 
 from importlib.metadata import version as _version
 
-from ._activations import GroupSort as GroupSort, MaxMin as MaxMin
-from ._freeze import (
-    Frozen as Frozen,
-    cast as cast,
-    freeze as freeze,
-    thaw as thaw,
-)
 from ._lipschitz import (
+    GroupSort as GroupSort,
+    MaxMin as MaxMin,
     certified_radius as certified_radius,
     lipschitz_bound as lipschitz_bound,
+    operator_norm as operator_norm,
 )
 from ._maps import (
     AlmostOrthogonal as AlmostOrthogonal,
@@ -46,39 +42,41 @@ from ._maps import (
     StraightThrough as StraightThrough,
     Symmetric as Symmetric,
     UnitNorm as UnitNorm,
-)
-from ._metrics import metrics as metrics
-from ._model import (
-    bake as bake,
-    constrain as constrain,
-    project_params as project_params,
-    strip as strip,
-)
-from ._named_wrappers import (
-    BoxConstraint as BoxConstraint,
-    MaxNormConstraint as MaxNormConstraint,
-    MinMaxNormConstraint as MinMaxNormConstraint,
-    NonNegativeConstraint as NonNegativeConstraint,
-    OrthogonalConstraint as OrthogonalConstraint,
-    SpectralCapConstraint as SpectralCapConstraint,
-    UnitNormConstraint as UnitNormConstraint,
-    WeightNormConstraint as WeightNormConstraint,
-)
-from ._operator_norm import (
-    operator_norm as operator_norm,
     spectral_norm as spectral_norm,
 )
-from ._penalties import (
+from ._models import (
+    Report as Report,
+    bake as bake,
+    cast as cast,
+    constrain as constrain,
+    freeze as freeze,
+    metrics as metrics,
+    project_params as project_params,
+    report as report,
+    strip as strip,
+    thaw as thaw,
+    unbake as unbake,
+)
+from ._transforms import (
+    cautious_weight_decay as cautious_weight_decay,
+    corrected_weight_decay as corrected_weight_decay,
+    decay_towards as decay_towards,
     distance_penalty as distance_penalty,
     elastic_net_penalty as elastic_net_penalty,
+    elastic_net_prox as elastic_net_prox,
     group_lasso_penalty as group_lasso_penalty,
+    group_soft_threshold as group_soft_threshold,
+    independent_weight_decay as independent_weight_decay,
     l1_penalty as l1_penalty,
     l2_penalty as l2_penalty,
     orthogonality_penalty as orthogonality_penalty,
+    project as project,
+    sign_decay as sign_decay,
+    soft_threshold as soft_threshold,
     spectral_norm_penalty as spectral_norm_penalty,
+    weight_decay as weight_decay,
 )
-from ._report import Report as Report, report as report
-from ._select import (
+from ._tree import (
     Selector as Selector,
     biases as biases,
     embeddings as embeddings,
@@ -90,24 +88,20 @@ from ._select import (
     trainables as trainables,
     weights as weights,
 )
-from ._stateful_wrappers import (
+from ._wrappers import (
+    BoxConstraint as BoxConstraint,
+    Constraint as Constraint,
+    Frozen as Frozen,
+    MaxNormConstraint as MaxNormConstraint,
+    MinMaxNormConstraint as MinMaxNormConstraint,
+    NonNegativeConstraint as NonNegativeConstraint,
+    OrthogonalConstraint as OrthogonalConstraint,
+    SpectralCapConstraint as SpectralCapConstraint,
     SpectralNormConstraint as SpectralNormConstraint,
     SpectralScaleConstraint as SpectralScaleConstraint,
+    UnitNormConstraint as UnitNormConstraint,
+    WeightNormConstraint as WeightNormConstraint,
 )
-from ._transforms import (
-    cautious_weight_decay as cautious_weight_decay,
-    corrected_weight_decay as corrected_weight_decay,
-    decay_towards as decay_towards,
-    elastic_net_prox as elastic_net_prox,
-    group_soft_threshold as group_soft_threshold,
-    independent_weight_decay as independent_weight_decay,
-    project as project,
-    sign_decay as sign_decay,
-    soft_threshold as soft_threshold,
-    weight_decay as weight_decay,
-)
-from ._unbake import unbake as unbake
-from ._wrappers import Constraint as Constraint
 
 
 __version__ = _version("eqxreg")

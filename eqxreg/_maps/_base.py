@@ -1,7 +1,7 @@
 """The two bases, `Parametrization` and `Projection`.
 
-A map is a module that holds hyperparameters only. What bounds are is in `_bounds.py`,
-what weights have to be in `_checks.py`, and what maps have to be in `_kept.py`.
+A map is a module that holds hyperparameters only. What weights have to be is in
+`_checks.py`, and what maps have to be in `_kept.py`.
 """
 
 import abc
@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, PyTree
 
-from .._norms import all_finite, frobenius_norm, real_dtype, tolerance, widen
-from ._bounds import has_schedule, is_schedule
-from ._checks import Shaped, check_dtype, check_kept
+from .._linalg import all_finite, frobenius_norm, real_dtype, tolerance, widen
+from .._values import Shaped, has_schedule, is_schedule
+from ._checks import check_dtype, check_kept
 from ._factored import Factored
 
 

@@ -8,16 +8,25 @@ import abc
 import dataclasses
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
 from jax import lax
 from jaxtyping import Array, Inexact
 
-from .._bits import Constant, value_of
-from .._norms import anywhere, is_half, tolerance, widen, with_derivative_of
-from .._polar import as_tall, eye_like, gram_of, polished
-from .._singular import adjoint, matmul
+from .._linalg import (
+    adjoint,
+    anywhere,
+    as_tall,
+    eye_like,
+    gram_of,
+    is_half,
+    matmul,
+    polished,
+    tolerance,
+    widen,
+    with_derivative_of,
+)
+from .._values import Constant, value_of
 from ._checks import check_values
 from ._matrix import (
     MatrixMap,

@@ -1,17 +1,12 @@
 """What a weight has to be for a map to be applied to it, and a method to be known."""
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Inexact
-
-
-Shaped: TypeAlias = Array | jax.ShapeDtypeStruct
-"""A weight, or as much of it as can be known before there is one."""
 
 
 def check_dtype(weight: Any, *, complex_for: str | None = None) -> None:

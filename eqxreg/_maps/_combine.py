@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, PyTree
 
-from .._norms import with_derivative_of
+from .._linalg import with_derivative_of
+from .._values import Shaped
 from ._base import Parametrization, Projection, composed_degree
-from ._checks import Shaped, check_kept
+from ._checks import check_kept
 from ._kept import bound_to
 
 

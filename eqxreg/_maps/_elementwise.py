@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
-from .._norms import widen
-from ._base import Parametrization, Projection, share
-from ._bounds import (
+from .._linalg import widen
+from .._values import (
     Bound,
+    Shaped,
     StoredBound,
     bound_shape,
     bound_value,
@@ -23,7 +23,8 @@ from ._bounds import (
     in_order,
     stretched,
 )
-from ._checks import Shaped, check_dtype, check_values
+from ._base import Parametrization, Projection, share
+from ._checks import check_dtype, check_values
 
 
 def clip(

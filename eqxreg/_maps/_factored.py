@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Inexact
 
-from .._norms import is_half
+from .._linalg import is_half
 
 
 class Factored(eqx.Module):

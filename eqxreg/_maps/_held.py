@@ -13,9 +13,8 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
-from .._bits import Constant
+from .._values import Constant, Number, Schedule
 from ._base import Parametrization
-from ._bounds import Number, Schedule
 
 
 class HeldMaps(tuple[Parametrization, ...]):

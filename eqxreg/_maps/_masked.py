@@ -7,20 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Inexact
 
-from .._bits import Constant, is_constant, value_of
-from .._norms import widen
-from ._base import Projection, share
-from ._bounds import (
+from .._linalg import widen
+from .._values import (
     Bound,
+    Constant,
     Number,
     Schedule,
+    Shaped,
     StoredBound,
     bound_shape,
     check_bound,
     check_broadcasts,
+    is_constant,
     stretched,
+    value_of,
 )
-from ._checks import Shaped, check_dtype
+from ._base import Projection, share
+from ._checks import check_dtype
 
 
 class Masked(Projection):

@@ -15,11 +15,10 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Inexact
 
-from .._polar import Matrices
-from .._norms import check_axis, resolve_axes
+from .._linalg import Matrices, check_axis, resolve_axes
+from .._values import Shaped
 from ._base import Parametrization, Projection
-from ._checks import Shaped, check_dtype
-
+from ._checks import check_dtype
 
 
 Rows: TypeAlias = str | int | tuple[int, ...]

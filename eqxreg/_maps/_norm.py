@@ -16,17 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact
 
-from .._norms import (
-    Axis,
-    AxisLike,
-    check_axis,
-    resolve_axes,
-    tolerance,
-    wide_dtype,
+from .._linalg import Axis, AxisLike, check_axis, resolve_axes, tolerance, wide_dtype
+from .._values import (
+    Bound,
+    Shaped,
+    StoredBound,
+    bound_value,
+    check_bound,
+    check_order,
+    in_order,
 )
 from ._base import Parametrization, Projection
-from ._bounds import Bound, StoredBound, bound_value, check_bound, check_order, in_order
-from ._checks import Shaped, check_dtype
+from ._checks import check_dtype
 from ._elementwise import clip
 from ._factored import Factored, is_factorable
 from ._rescale import (

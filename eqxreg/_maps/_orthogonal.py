@@ -12,14 +12,19 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Inexact
 
-from .._norms import (
+from .._linalg import (
+    Way,
+    adjoint,
+    as_tall,
+    gram_of,
+    matmul,
     narrow,
+    orthogonality_error,
+    polar,
     squared_magnitude,
     tolerance,
     widen,
 )
-from .._polar import Way, as_tall, gram_of, orthogonality_error, polar
-from .._singular import adjoint, matmul
 from ._checks import check_method
 from ._matrix import (
     MatrixMap,

@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, PyTree
 
-from .._bits import Constant, value_of
+from .._values import Constant, Number, Schedule, Shaped, value_of
 from ._base import Projection, check_projection
-from ._bounds import Number, Schedule
-from ._checks import Shaped
 
 
 class Relative(Projection):

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Inexact
 
-from .._norms import is_half, margin, narrow, scaled_norm, tolerance, widen
+from .._linalg import is_half, margin, narrow, scaled_norm, tolerance, widen
 
 
 class Norms(NamedTuple):

@@ -15,20 +15,22 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact
 
-from .._attained import attained, moving
-from .._norms import narrow, widen
-from .._settled import settled
-from .._singular import (
+from .._linalg import (
     LinearIn,
     LinearMap,
     Top,
+    attained,
     fixed_vector,
     gram,
     lanczos,
+    moving,
+    narrow,
     of_matrix,
     power_iteration,
+    settled,
     svd,
     unit,
+    widen,
 )
 from ._matrix import over_blocks
 from ._rescale import Norms, Plan

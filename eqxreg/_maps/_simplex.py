@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact
 
-from .._norms import (
+from .._linalg import (
     Axis,
     AxisLike,
     check_axis,
@@ -29,9 +29,9 @@ from .._norms import (
     widen,
     with_derivative_of,
 )
+from .._values import Bound, Shaped, StoredBound, bound_value, check_bound
 from ._base import Projection
-from ._bounds import Bound, StoredBound, bound_value, check_bound
-from ._checks import Shaped, check_dtype
+from ._checks import check_dtype
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -1,6 +1,6 @@
 r"""Maps to matrices of a given structure: symmetric, semidefinite, of low rank.
 
-The nearest points and their derivatives are in `_nearest.py`.
+The nearest points and their derivatives are in `_linalg`.
 """
 
 import functools as ft
@@ -10,8 +10,14 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Array, Inexact
 
-from .._polar import as_tall
-from .._singular import adjoint
+from .._linalg import (
+    adjoint,
+    as_tall,
+    mean_with,
+    minus_adjoint,
+    nearest_of_rank,
+    nearest_semidefinite,
+)
 from ._matrix import (
     MatrixProjection,
     RowAxes,
@@ -22,7 +28,6 @@ from ._matrix import (
     matrix_shape,
     on_matrices,
 )
-from ._nearest import mean_with, minus_adjoint, nearest_of_rank, nearest_semidefinite
 
 
 class Symmetric(SquareProjection):

@@ -1,10 +1,8 @@
-"""The Optax transforms, one file for each family.
+"""The Optax transforms, one file for each family, and the penalties.
 
-All of them need `params`, accept models, filtered with `eqx.is_inexact_array` or not,
-and resolve their mask anew on the tree that they are given, so that they work within
-`optax.masked` and `optax.partition` too. Arrays of different trees are paired by path.
-Decay adds to a gradient or to a direction; proximal steps and projections come last,
-for they say where a weight is to arrive.
+All but the penalties pair trees by `_params`. Decay is added to an update by `_adding`
+as `_decay` says; proximal steps and projections end a chain. A penalty is a scalar for
+the loss, whose gradient is a decay.
 """
 
 from ._decay import (
@@ -15,7 +13,18 @@ from ._decay import (
     sign_decay as sign_decay,
     weight_decay as weight_decay,
 )
-from ._project import project as project
+from ._penalties import (
+    distance_penalty as distance_penalty,
+    elastic_net_penalty as elastic_net_penalty,
+    group_lasso_penalty as group_lasso_penalty,
+    l1_penalty as l1_penalty,
+    l2_penalty as l2_penalty,
+    orthogonality_penalty as orthogonality_penalty,
+    spectral_norm_penalty as spectral_norm_penalty,
+)
+from ._project import (
+    project as project,
+)
 from ._proximal import (
     elastic_net_prox as elastic_net_prox,
     group_soft_threshold as group_soft_threshold,

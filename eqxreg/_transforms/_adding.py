@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Int, PyTree
 
-from .._rates import rate_at
-from .._sites import Site
+from .._tree import Site
+from .._values import rate_at
 from ._params import (
     by_path,
     check_params,

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from .._rates import check_rate, product
-from .._select import trainable
+from .._tree import trainable
+from .._values import check_rate, product
 from ._adding import Decay
 
 

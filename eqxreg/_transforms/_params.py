@@ -16,9 +16,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Inexact, Int, PyTree
 
-from .._norms import holds, widen
-from .._select import Selector, require_sites
-from .._sites import Site, sites
+from .._linalg import holds, widen
+from .._tree import Selector, Site, require_sites, sites
 
 
 def check_params(params: Any, name: str) -> None:

@@ -12,12 +12,9 @@ import optax
 from jax import lax
 from jaxtyping import Array, Int, PyTree
 
-from .._maps import Chain, Projection, StraightThrough
-from .._maps._base import check_projection
-from .._maps._kept import check_weight
-from .._norms import anywhere, per_layer, widen
-from .._select import check_sites, weights
-from .._sites import Site
+from .._linalg import anywhere, per_layer, widen
+from .._maps import Chain, Projection, StraightThrough, check_projection, check_weight
+from .._tree import Site, check_sites, weights
 from ._params import (
     as_in,
     by_path,

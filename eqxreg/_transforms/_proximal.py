@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Inexact, Int, PyTree
 
-from .._norms import (
+from .._linalg import (
     AxisLike,
     check_axis,
     per_layer,
@@ -25,8 +25,8 @@ from .._norms import (
     scaled_norm,
     widen,
 )
-from .._rates import check_rate, product, rate_at
-from .._select import trainable, weights
+from .._tree import trainable, weights
+from .._values import check_rate, product, rate_at
 from ._params import (
     change,
     check_params,

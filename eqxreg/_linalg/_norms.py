@@ -1,0 +1,114 @@
+"""Norms that are safe in value and gradient. Every map that measures a weight goes
+through `scaled_norm`."""
+
+import functools as ft
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Inexact
+
+from ._precision import widen
+
+
+def squared_magnitude(x: Inexact[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`|x|²`, elementwise and real."""
+    if jnp.iscomplexobj(x):
+        return lax.real(x) ** 2 + lax.imag(x) ** 2
+    return x * x
+
+
+def scaled_norm(
+    weight: Inexact[Array, "*shape"], axes: tuple[int, ...]
+) -> tuple[Float[Array, "*norms"], Float[Array, "*norms"]]:
+    r"""Euclidean norms over `axes` that neither overflow nor underflow.
+
+    The plain sum of squares serves nearly always. Only when one of the sums is not
+    finite, or so small that squares may have been flushed to zero, is everything
+    computed again with each slice scaled by a power of two.
+
+    **Arguments:**
+
+    - `weight`: an array of at least single precision, floating or complex.
+    - `axes`: non-negative ints; the axes that one norm is taken over.
+
+    **Returns:**
+
+    `(norm, scale)`, real and with `axes` kept at size one: `norm` is that of
+    `weight * scale`, where `scale` is a power of two, nearly always 1. Its derivative
+    is $\mathrm{Re}\langle w, \dot w\rangle / \lVert w\rVert$, and zero at zero.
+    """
+    return _scaled_norm(weight, axes)
+
+
+@ft.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _scaled_norm(weight, axes):
+    return _batched_scaled_norm(weight, axes)
+
+
+@_scaled_norm.defjvp
+def _(axes, primals, tangents):
+    (weight,), (tangent,) = primals, tangents
+    norm, scale = _scaled_norm(weight, axes)
+    factor = scale.astype(weight.dtype)
+    along = jnp.real(jnp.conj(weight * factor) * (tangent * factor))
+    inner = jnp.sum(along, axis=axes, keepdims=True)
+    slope = inner / jnp.where(norm > 0, norm, 1)
+    return (norm, scale), (slope, jnp.zeros_like(scale))
+
+
+# Compiled as a whole, for outside of `jit` a `cond` is compiled anew in every call.
+@ft.partial(jax.jit, static_argnums=1, inline=True)
+def _batched_scaled_norm(weight, axes):
+    # A `vmap` would turn the `cond` below into a `select` that always pays for both
+    # branches. Norms batch by having one more axis, so that is what we do instead.
+    @jax.custom_batching.custom_vmap
+    def norms(weight):
+        return _norm_by_cases(weight, axes)
+
+    @norms.def_vmap
+    def _(axis_size, in_batched, weight):
+        del axis_size, in_batched
+        return _batched_scaled_norm(weight, tuple(a + 1 for a in axes)), (True, True)
+
+    return norms(weight)
+
+
+def _norm_by_cases(weight, axes):
+    squares = jnp.sum(squared_magnitude(weight), axis=axes, keepdims=True)
+    scale = _scale_for(squares, weight.size // max(squares.size, 1))
+
+    def plain(weight, squares, scale):
+        return jnp.sqrt(squares)
+
+    def careful(weight, squares, scale):
+        scaled = weight * scale.astype(weight.dtype)
+        return jnp.sqrt(jnp.sum(squared_magnitude(scaled), axis=axes, keepdims=True))
+
+    norm = lax.cond(jnp.all(scale == 1), plain, careful, weight, squares, scale)
+    return norm, scale
+
+
+def _scale_for(squares: Float[Array, "*norms"], count: int) -> Float[Array, "*norms"]:
+    """The power of two to scale slices of `count` entries by, so that sums of their
+    squares are in range, from these sums as they are: 1 unless they are not finite, or
+    so small that what was flushed to zero may be more than rounding."""
+    info = jnp.finfo(squares.dtype)
+    smallest = float(info.tiny) / float(info.eps) * max(count, 1)
+    # Two fixed powers of two bring all that is out of range into it.
+    up, down = 2.0 ** (0.625 * info.maxexp // 1), 2.0 ** -(0.7 * info.maxexp // 1)
+    one = jnp.ones_like(squares)
+    scale = jnp.where(squares < smallest, up * one, one)
+    return jnp.where(jnp.isfinite(squares), scale, down * one)
+
+
+def frobenius_norm(x: Inexact[Array, "..."]) -> Float[Array, ""]:
+    """The Euclidean norm of all entries, in at least single precision. Its derivative
+    at zero is zero."""
+    norm, scale = scaled_norm(widen(x), tuple(range(x.ndim)))
+    return jnp.reshape(norm / scale, ())
+
+
+def all_finite(x: Inexact[Array, "..."]) -> Bool[Array, ""]:
+    """Whether `x` has neither NaNs nor infinities."""
+    return jnp.all(jnp.isfinite(x))
