@@ -52,9 +52,10 @@ NEWEST = $(shell printf '%s\n' $(DEFAULT) $(THERE) | sort -V | tail -n 1)
 
 # Without the variable, the wrapper of pyright asks a server for newer releases.
 lint: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
-lint: $(VENV)/.has-dev ## Check style, formatting and types
+lint: $(VENV)/.has-dev ## Check style, formatting, imports and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright
 
 docs: export NO_MKDOCS_2_WARNING := 1

@@ -6,8 +6,8 @@ a sharded weight are served by the same code:
 - `power_step`: two products from a good start, as training has it; from below.
 - `lanczos`: from any start, a few dozen products; from below, to about 1e-6 as a rule
   and to 1e-4 where many singular values crowd at the top.
-- `settled`, in `_certified.py`: from a vector that may have been good once; to 1e-3, the
-  cheaper the better the vector.
+- `settled`, in `_certified.py`: from a vector that may have been good once; to 1e-3,
+  the cheaper the better the vector.
 - `gram`: matrix products, for matrices only; from above, so that it certifies.
 - `svd`: for matrices only; the reference.
 
