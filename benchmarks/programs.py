@@ -10,7 +10,7 @@ import dataclasses
 import functools as ft
 import re
 from collections.abc import Iterator, Set
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -28,8 +28,16 @@ class Instruction(NamedTuple):
     """The computation that says whether a loop goes on."""
 
 
+class _Amounts:
+    """Numbers that are added one by one."""
+
+    def __add__(self, other: Self) -> Self:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return type(self)(*map(sum, pairs))
+
+
 @dataclasses.dataclass(frozen=True)
-class Traffic:
+class Traffic(_Amounts):
     """Bytes that are read and written."""
 
     counted: float = 0.0
@@ -37,24 +45,18 @@ class Traffic:
     hbm: float = 0.0
     """To and from the main memory of the chip, where a transfer counts once."""
 
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.counted + other.counted, self.hbm + other.hbm)
-
     def looped(self, trips: int) -> "Traffic":
         """XLA counts the body of a loop once."""
         return Traffic(self.counted, trips * self.hbm)
 
 
 @dataclasses.dataclass(frozen=True)
-class Moved:
+class Moved(_Amounts):
     """What collectives of one kind move."""
 
     number: int = 0
     bytes: int = 0
     """What goes into them or what comes out, whichever is more, on each chip."""
-
-    def __add__(self, other: "Moved") -> "Moved":
-        return Moved(self.number + other.number, self.bytes + other.bytes)
 
     def looped(self, trips: int) -> "Moved":
         return Moved(trips * self.number, trips * self.bytes)

@@ -1,15 +1,22 @@
 """What MkDocs does for this site beyond its plugins.
 
-Three pages are files at the root of the repository, with their links made to fit; and
-formulas become MathML here, so that a reader's browser runs no script for them.
+Three pages are files at the root of the repository, with their links made to fit; the
+picture of the rooms is drawn from the imports; and formulas become MathML here, so that
+a reader's browser runs no script for them.
 """
 
 import re
+import sys
 from html import unescape
 from pathlib import Path
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
+
+
+# MkDocs loads this file by its path.
+sys.path.append(str(Path(__file__).parent))
+from _rooms import draw
 
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +36,7 @@ def on_files(files, config):
             text,
         )
         files.append(File.generated(config, page, content=text))
+    files.append(File.generated(config, "images/rooms.svg", content=draw()))
     return files
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import functools as ft
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -144,7 +144,7 @@ class Constraint(Wrapper):
     ) -> tuple[Any, Any]:
         layer, state = evaluate(self.layer, state, inference)
         for i, name in enumerate(names_of(self.weight_name)):
-            fn = ft.partial(self._constrained, i, inference=inference)
+            fn = ft.partial(self._constrained, i)
             layer, state = _rewrite(layer, parse(name), fn, state, inference, to_call)
         return layer, state
 
@@ -152,39 +152,40 @@ class Constraint(Wrapper):
         for name in names_of(self.weight_name):
             yield from nodes_along(self.layer, name)
 
-    def _constrained(
-        self,
-        i: int,
-        owner: Any,
-        raw: Any,
-        state: Any,
-        *,
-        inference: bool | None,
-        to_multiply: bool,
-    ) -> tuple[Any, Any]:
-        """The weight that the `i`th map makes of a raw one, and the new state. A weight
-        that is made `to_multiply` may be a `Factored` one."""
-        del owner, inference
+    def _constrained(self, i: int, met: "Met") -> tuple[Any, Any]:
+        """The weight that the `i`th map makes of a raw one, and the new state."""
+        raw, state = met.raw, met.state
         if is_tied(raw):
             # `eqx.nn.Shared` will put the other array here.
             return raw, state
         p, weight_rank = opened(self.parametrizations[i]), self._ranks[i]
-        if to_multiply and (product := factored(p, raw)) is not None:
+        if met.to_multiply and (product := factored(p, raw)) is not None:
             return product, state
         return on_stack(lambda p, raw: p(raw), p, weight_rank, raw), state
+
+
+class Met(NamedTuple):
+    """A raw weight, where it is met in a layer that is evaluated."""
+
+    owner: Any
+    raw: Any
+    state: Any
+    inference: bool | None
+    to_multiply: bool
+    """Whether it will only be multiplied with vectors, so that what is made of it may
+    be a `Factored` one."""
 
 
 def _rewrite(
     node: Any,
     path: Path,
-    fn: Callable,
+    fn: Callable[[Met], tuple[Any, Any]],
     state: Any,
     inference: bool | None,
     to_call: bool,
 ) -> tuple[Any, Any]:
-    """`node` with `fn(owner, array, state)` for the array at `path`, and wrappers on
-    the way evaluated. If `node` is only to be called, `fn` is told whether the array
-    will then be multiplied with vectors, and nothing else."""
+    """`node` with what `fn` makes of the array at `path`, and wrappers on the way
+    evaluated; and the new state."""
     node, state = evaluate(node, state, inference)
     step, *rest = path
     inner = child(node, step)
@@ -193,7 +194,7 @@ def _rewrite(
         new, state = _rewrite(inner, tuple(rest), fn, state, inference, to_call)
     else:
         to_multiply = to_call and only_multiplies(node, step)
-        new, state = fn(node, inner, state, to_multiply=to_multiply)
+        new, state = fn(Met(node, inner, state, inference, to_multiply))
     return replace(node, step, new), state
 
 

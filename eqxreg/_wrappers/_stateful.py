@@ -26,7 +26,7 @@ from .._tree import (
     parse,
 )
 from .._values import Bound, opened
-from ._constraint import Constraint, current
+from ._constraint import Constraint, Met, current
 from ._memory import Memory, search_if_due, search_matrices
 
 
@@ -101,16 +101,8 @@ class SpectralConstraint(Constraint):
             return per_layer(first, weight, weight_rank)
         return jax.jit(lambda w: per_layer(first, w, weight_rank))(weight)
 
-    def _constrained(
-        self,
-        i: int,
-        owner: Any,
-        raw: Any,
-        state: Any,
-        *,
-        inference: bool | None,
-        to_multiply: bool,
-    ) -> tuple[Any, Any]:
+    def _constrained(self, i: int, met: Met) -> tuple[Any, Any]:
+        owner, raw, state, inference, to_multiply = met
         operator = self._operator(i, owner, raw)
         linear = of_matrix if operator is None else operator.linear
         if state is None:

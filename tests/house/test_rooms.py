@@ -2,12 +2,15 @@
 
 The contracts are in `pyproject.toml`; here they are broken, one at a time."""
 
+import importlib.util
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+import grimp
 import pytest
 
 
@@ -81,3 +84,56 @@ print(sorted(new - allowed - set(sys.stdlib_module_names)))
     command = [sys.executable, "-c", script]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def picture():
+    spec = importlib.util.spec_from_file_location("_rooms", ROOT / "docs" / "_rooms.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_the_text_and_the_folders_name_the_same_rooms(picture):
+    rooms = {path.parent.name for path in ROOT.glob("eqxreg/*/__init__.py")}
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    house = text[text.index("## The house") :]
+    assert re.findall(r"^\| `(_\w+)` \|", house, re.MULTILINE) == picture.rooms()
+    assert rooms == set(picture.rooms())
+    drawn = re.findall(r'class="name"[^>]*>(\w+)<', picture.draw())
+    assert drawn == picture.rooms()
+    shown = " ".join(re.findall(r"<text x[^>]*>([^<]*)<", picture.draw())).split()
+    there = ROOT.glob("eqxreg/_*/_[!_]*.py")
+    assert sorted(shown) == sorted(path.stem.removeprefix("_") for path in there)
+
+
+def test_the_arcs_are_the_imports_that_the_linter_found(picture):
+    drawn = {
+        (room, other) for room in picture.rooms() for other in picture.imports(room)
+    }
+    graph = grimp.build_graph("eqxreg", cache_dir=None)
+    found = set()
+    for importer in graph.modules:
+        for imported in graph.find_modules_directly_imported_by(importer):
+            pair = tuple(name.split(".")[1:2] for name in (importer, imported))
+            if importer != "eqxreg" and pair[0] != pair[1]:
+                found.add((pair[0][0], pair[1][0]))
+    assert drawn == found
+
+
+def test_every_file_that_the_documentation_names_is_there():
+    pages = ("docs/design.md", "CONTRIBUTING.md")
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in pages)
+    named = set(re.findall(r"`(?:eqxreg/)?(_\w+/\w+\.py)`", text))
+    assert len(named) > 8
+    assert [name for name in named if not (ROOT / "eqxreg" / name).is_file()] == []
+    tests = set(re.findall(r"`(tests/[\w/]+\.py)`", text))
+    assert [name for name in tests if not (ROOT / name).is_file()] == []
+
+
+def test_no_file_is_long():
+    folders = ("eqxreg", "tests", "examples")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    assert len(lines) > 100
+    assert {str(path): n for path, n in lines.items() if n > 400} == {}
