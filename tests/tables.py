@@ -266,6 +266,19 @@ class Own(eqx.Module):
         return self.kernel @ x + self.bias
 
 
+def wrap(layer, *args, **kwargs):
+    """A layer with the stateful bound of its norm, and the state."""
+    key = jax.random.key(7)
+    build = eqx.nn.make_with_state(eqxreg.SpectralNormConstraint)
+    return build(layer, *args, key=key, **kwargs)
+
+
+def clone(state):
+    """A copy, for a call uses its state up."""
+    leaves, structure = jax.tree.flatten(state)
+    return jax.tree.unflatten(structure, leaves)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """A layer that owns a weight, and how to call it."""

@@ -10,21 +10,10 @@ import numpy as np
 import optax
 import pytest
 from quick import filter_jit, jit
-from tables import exact
+from tables import clone, exact, wrap
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-def wrap(layer, *args, **kwargs):
-    key = jax.random.key(7)
-    build = eqx.nn.make_with_state(eqxreg.SpectralNormConstraint)
-    return build(layer, *args, key=key, **kwargs)
-
-
-def clone(state):
-    leaves, structure = jax.tree.flatten(state)
-    return jax.tree.unflatten(structure, leaves)
 
 
 def with_vectors(fn, *states):

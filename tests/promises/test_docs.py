@@ -7,7 +7,7 @@ import eqxreg
 import pytest
 
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 # `jaxtyping` is what its import hook adds to the modules that it checks.
 PUBLIC = {n for n in vars(eqxreg) if not n.startswith("_")} - {"jaxtyping"}
 # Lines of other libraries are marked `py` or `julia` there, and not run.
