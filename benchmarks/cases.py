@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import peers
-from eqxreg._maps import WeightNorm
-from eqxreg._maps._scale_norm import warm
+from eqxreg._maps import WeightNorm, warm
 from jax import lax
 from jaxtyping import Array
 from networks import MLP, stepper

@@ -32,7 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 import peers
 import tyro
-from eqxreg._singular import of_matrix, power_step, start_vector
+from eqxreg._linalg import of_matrix
+from eqxreg._linalg._estimators import power_step
+from eqxreg._linalg._linear_map import start_vector
 from jaxtyping import Array
 from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from eqxreg._singular import gram, lanczos, of_matrix, start_vector
+from eqxreg._linalg import gram, lanczos, of_matrix
+from eqxreg._linalg._linear_map import start_vector
 from quick import jit
 from spectra import MATRICES, each_matrix, mapped, singular_values
 from tables import exact, sample

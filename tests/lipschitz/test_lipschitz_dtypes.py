@@ -41,7 +41,7 @@ def _rules(monkeypatch):
     rules = {Cast: lambda layer, shape: 1.0}
     rules[CastBlock] = lambda layer, shape: eqxreg.lipschitz_bound(layer.conv, shape)
     for cls, rule in rules.items():
-        monkeypatch.setitem(eqxreg._lipschitz._registered, cls, rule)
+        monkeypatch.setitem(eqxreg._lipschitz._bound._registered, cls, rule)
 
 
 def conv(dtype="float32", *args, **kwargs):

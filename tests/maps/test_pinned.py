@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from eqxreg._report import _label
+from eqxreg._models._report import _label
 from tables import exact, sample
 
 

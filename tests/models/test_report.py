@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from eqxreg._report import _label
+from eqxreg._models._report import _label
 from quick import filter_jit
 
 

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from eqxreg._maps import WeightNorm
-from eqxreg._maps._scale_norm import warm
+from eqxreg._maps import WeightNorm, warm
 from hlo import counts_of_today
 
 

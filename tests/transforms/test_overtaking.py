@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from eqxreg._settled import settled
-from eqxreg._singular import LinearMap, fixed_vector, matmul, of_matrix
+from eqxreg._linalg import LinearMap, fixed_vector, matmul, of_matrix, settled
 from quick import jit
 from tables import exact
 
