@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from quick import filter_jit
-from tables import DTYPES, assert_close, exact, sample
+from tables import DTYPES, assert_close, clone, exact, sample
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -19,10 +19,6 @@ SHAPES = pytest.mark.parametrize("input_shape", [None, (2, 6), "any"], ids=str)
 
 def wrap(layer, *args, build=eqxreg.SpectralScaleConstraint, **kwargs):
     return eqx.nn.make_with_state(build)(layer, *args, key=KEY, **kwargs)
-
-
-def clone(state):
-    return jax.tree.map(lambda x: x, state)
 
 
 def with_weight(layer, weight):
