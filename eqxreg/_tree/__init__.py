@@ -43,7 +43,6 @@ from ._paths import (
     check_names as check_names,
     child as child,
     find_array as find_array,
-    is_step as is_step,
     key_of as key_of,
     names_of as names_of,
     nodes_along as nodes_along,
@@ -51,6 +50,7 @@ from ._paths import (
     rank_of as rank_of,
     stored_name as stored_name,
     unwrapped as unwrapped,
+    with_child as with_child,
 )
 from ._selectors import (
     Selector as Selector,

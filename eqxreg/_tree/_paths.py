@@ -168,6 +168,19 @@ def child(node: Any, step: Step) -> Any:
     return node[step]
 
 
+def with_child(node: Any, step: Step, new: Any) -> Any:
+    """`node` with `new` for its child `step`."""
+    children, structure = jtu.tree_flatten_with_path(
+        node, is_leaf=lambda x: x is not node
+    )
+    inner = [value for _, value in children]
+    for i, (entries, _) in enumerate(children):
+        if entries and is_step(step, entries[0]):
+            inner[i] = new
+            return structure.unflatten(inner)
+    return eqx.tree_at(lambda n: child(n, step), node, new)
+
+
 def nodes_along(layer: Any, name: str) -> list[Any]:
     """The nodes on the way to the array `name`, wrappers still on: `layer` first, the
     array's owner last. Raises, naming what there is, if there is no such array."""

@@ -32,9 +32,9 @@ from .._tree import (
     parse,
     rank_of,
     stored_name,
+    with_child,
 )
 from .._values import FrozenArray, frozen_as, has_schedule, is_frozen, opened, thawed
-from ._foreign import replace
 from ._wrapper import Wrapper, evaluate, needs_state
 
 
@@ -195,7 +195,7 @@ def _rewrite(
     else:
         to_multiply = to_call and only_multiplies(node, step)
         new, state = fn(Met(node, inner, state, inference, to_multiply))
-    return replace(node, step, new), state
+    return with_child(node, step, new), state
 
 
 @contextlib.contextmanager
@@ -288,12 +288,12 @@ def written(node: Any, path: Path, value: Any) -> Any:
                 own = thawed(opened(old))
                 p, value = on_stack(bound_to, own, weight_rank, value)
                 maps[i] = frozen_as(old, p)
-                node = replace(node, "parametrizations", HeldMaps(maps))
+                node = with_child(node, "parametrizations", HeldMaps(maps))
     if is_wrapper(node):
         inner = written(node.layer, path, value)
         if isinstance(node, eqx.nn.WeightNorm):
             fresh = eqx.nn.WeightNorm(inner, node.weight_name, node.axis)
-            node = replace(node, "g", frozen_as(node.g, fresh.g))
-        return replace(node, "layer", inner)
+            node = with_child(node, "g", frozen_as(node.g, fresh.g))
+        return with_child(node, "layer", inner)
     step, *rest = path
-    return replace(node, step, written(child(node, step), tuple(rest), value))
+    return with_child(node, step, written(child(node, step), tuple(rest), value))

@@ -8,9 +8,8 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.tree_util as jtu
 
-from .._tree import child, is_step
+from .._tree import with_child
 from .._values import thawed
 
 
@@ -33,7 +32,7 @@ def rewritten(node: Any, state: Any, inference: bool | None) -> tuple[Any, Any]:
     """What a wrapper that is not ours wraps, with its weight as that makes it, and the
     new state."""
     within = node.layer
-    probed = replace(node, "layer", _Probe(thawed(within)))
+    probed = with_child(node, "layer", _Probe(thawed(within)))
     kwargs = {} if inference is None else {"inference": inference}
     kwargs = accepted(node, kwargs)
     # The input of a probe; it never reaches a layer.
@@ -59,19 +58,6 @@ def _does_more(node: Any) -> str:
         "`eqx.tree_at`, and return what the layer returns. If it does more, leave the "
         "attribute out: it is then a module like any other."
     )
-
-
-def replace(node: Any, step: Any, new: Any) -> Any:
-    """`node` with `new` for its child `step`."""
-    children, structure = jtu.tree_flatten_with_path(
-        node, is_leaf=lambda x: x is not node
-    )
-    inner = [value for _, value in children]
-    for i, (entries, _) in enumerate(children):
-        if entries and is_step(step, entries[0]):
-            inner[i] = new
-            return structure.unflatten(inner)
-    return eqx.tree_at(lambda n: child(n, step), node, new)
 
 
 @ft.cache
