@@ -18,6 +18,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import equinox as eqx
 import jax
 import jaxtyping
 import pytest
@@ -75,3 +76,13 @@ def _forget():
     """What was compiled for one file is of no use to the next, and takes memory."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def linear(key):
+    return eqx.nn.Linear(4, 3, key=key)
+
+
+@pytest.fixture
+def mlp(key):
+    return eqx.nn.MLP(4, 2, 8, depth=2, key=key)
