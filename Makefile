@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench bench-cuda bench-tpu clean demo docs help lint
+.PHONY: bench bench-cuda bench-gpu bench-tpu clean demo docs help lint
 .PHONY: test test-all test-lowest test-newest $(PYTHONS:%=test-%)
 
 demo: $(VENV)/.has-examples ## Train on the handwritten digits; results in out/digits
@@ -71,6 +71,10 @@ bench: $(VENV)/.has-bench ## Measure what constraints cost, beside other librari
 bench-tpu: ## Count what steps do on TPUs, check it, and lower all maps
 	$(MAKE) VENV=$(VENV)/tpu $(VENV)/tpu/.has-tpu
 	$(VENV)/tpu/bin/python benchmarks/accelerators.py
+
+# On the machine's own Python, whose JAX knows its GPU. Nothing is installed.
+bench-gpu: ## Check and time maps, wrappers and steps on this machine's GPU
+	$(PYTHON) benchmarks/gpu.py $(FLAGS)
 
 bench-cuda: ## Count the kernels of steps on an H100; downloads 4.4 GB
 	$(MAKE) VENV=$(VENV)/cuda $(VENV)/cuda/.has-cuda

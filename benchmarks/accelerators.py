@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import compilers
 import equinox as eqx
 import eqxreg
+import every
 import jax
 import jax.numpy as jnp
 import lowering
@@ -382,7 +383,7 @@ def run(flags: Flags) -> bool:
             fine = fine and holds
         numbers["checks"] = dict(checks)
     if flags.platform == "tpu" and flags.lowering:
-        missing = lowering.unlisted()
+        missing = every.unlisted()
         if missing:
             console.print(f"Not lowered: {', '.join(missing)}.")
         results = list(lowering.lower_all(console))

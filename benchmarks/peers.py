@@ -191,13 +191,13 @@ def torch_linear(kind: str | None, width: int) -> Any:
     return linear
 
 
-def torch_map(kind: str, width: int) -> Callable[[], Any]:
+def torch_map(kind: str, width: int, device: str = "cpu") -> Callable[[], Any]:
     """The weight that a parametrization makes, and its gradient; or copies of both."""
     import torch
 
     torch.manual_seed(0)
-    linear = torch_linear(kind, width)
-    cotangent = torch.randn(width, width)
+    linear = torch_linear(kind, width).to(device)
+    cotangent = torch.randn(width, width, device=device)
 
     def call():
         if kind == "copy":

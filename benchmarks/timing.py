@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import eqxreg
 import jax
 
 
@@ -49,8 +50,9 @@ def ratios(times: Mapping[str, list[float]], to: str) -> dict[str, float]:
 
 def about(*packages: str) -> dict[str, Any]:
     """On what the numbers were measured."""
-    versions = {}
-    for name in ("eqxreg", "equinox", "jax", "jaxlib", "numpy", *packages):
+    # It may be read from a checkout, and not installed.
+    versions = {"eqxreg": eqxreg.__version__}
+    for name in ("equinox", "jax", "jaxlib", "numpy", *packages):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -1,8 +1,8 @@
 """What MkDocs does for this site beyond its plugins.
 
 Three pages are files at the root of the repository, with their links made to fit; the
-picture of the rooms is drawn from the imports; and formulas become MathML here, so that
-a reader's browser runs no script for them.
+picture of the rooms is drawn from the imports; what a GPU has measured becomes tables;
+and formulas become MathML here, so that a reader's browser runs no script for them.
 """
 
 import re
@@ -16,6 +16,7 @@ from mkdocs.structure.files import File
 
 # MkDocs loads this file by its path.
 sys.path.append(str(Path(__file__).parent))
+from _measured import with_tables
 from _rooms import draw
 
 
@@ -48,6 +49,10 @@ def _retarget(path: str, repository: str) -> str:
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
     return f"{repository}/blob/main/{path}"
+
+
+def on_page_markdown(markdown, **_):
+    return with_tables(markdown)
 
 
 def on_page_content(html, **_):

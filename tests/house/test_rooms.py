@@ -2,7 +2,7 @@
 
 The contracts are in `pyproject.toml`; here they are broken, one at a time."""
 
-import importlib.util
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -10,11 +10,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import eqxreg
 import grimp
 import pytest
+from scripts import ROOT, loaded
 
 
-ROOT = Path(__file__).parents[2]
 LINTER = Path(sysconfig.get_path("scripts")) / "lint-imports"
 
 
@@ -88,10 +89,7 @@ print(sorted(new - allowed - set(sys.stdlib_module_names)))
 
 @pytest.fixture
 def picture():
-    spec = importlib.util.spec_from_file_location("_rooms", ROOT / "docs" / "_rooms.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("docs/_rooms.py")
 
 
 def test_the_picture_the_text_and_the_folders_name_the_same_rooms(picture):
@@ -137,3 +135,9 @@ def test_no_file_is_long():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
     assert len(lines) > 100
     assert {str(path): n for path, n in lines.items() if n > 400} == {}
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {eqxreg.__version__}\n" in citation
+    assert importlib.metadata.version("eqxreg") == eqxreg.__version__

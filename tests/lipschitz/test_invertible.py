@@ -89,7 +89,7 @@ def trained(block, state, shape, steps=40):
     return block, state
 
 
-def inverse(call, y, steps=200):
+def inverse(call, y, steps=60):
     """The fixed point of `x = y - g(x)`, of Banach's theorem."""
     x = y
     for _ in range(steps):
