@@ -5,8 +5,10 @@ products, layouts and precision. The truth is the same function in float64, on t
 """
 
 import functools as ft
+import os
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -42,21 +44,40 @@ class Check(NamedTuple):
         return near and self.same_twice
 
 
+class Job(NamedTuple):
+    """What is to be compared."""
+
+    name: str
+    dtype: str
+    limit: float
+    fn: Callable[[Any, Any], tuple[Any, Any]]
+    """The value and the gradient."""
+    arrays: Any
+    given: Any
+
+
 def checks(only: str = "") -> Iterator[Check]:
     """Those whose dtype and name, as in `"float16 Box"`, a regular expression finds."""
+    jobs: list[Job] = []
     for dtype in DTYPES:
         is_asked = lambda name, dtype=dtype: re.search(only, f"{dtype} {name}")
-        yield from _maps(dtype, is_asked)
-        yield from _wrappers(dtype, is_asked)
+        jobs += [*_maps(dtype, is_asked), *_wrappers(dtype, is_asked)]
+    # Nearly all of the time is compiling.
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        free = dict.fromkeys(DTYPES, 0.0)
+        for check in pool.map(_compared, jobs):
+            # What is checked after a free layer is a constrained one.
+            yield check._replace(limit=max(check.limit, free[check.dtype]))
+            if check.name == _ALONE:
+                free[check.dtype] = 4 * max(check.value, check.gradient)
 
 
-def _maps(dtype: str, is_asked: Callable[[str], Any]) -> Iterator[Check]:
+def _maps(dtype: str, is_asked: Callable[[str], Any]) -> Iterator[Job]:
     keys = jax.random.split(jax.random.key(0))
     # Positive, for `Positive` has no other weights.
     weight = jnp.abs(jax.random.normal(keys[0], (SIDE, SIDE))) / SIDE**0.5
     weight = weight.astype(dtype)
     cotangent = jax.random.normal(keys[1], weight.shape).astype(dtype)
-    eps = float(jnp.finfo(dtype).eps)
     for name, p in every_map().items():
         if not is_asked(name):
             continue
@@ -65,11 +86,14 @@ def _maps(dtype: str, is_asked: Callable[[str], Any]) -> Iterator[Check]:
         # that is the norm that the weight has.
         raw = 1.1 * raw if np.any(np.asarray(raw)) else 0.1 * cotangent
         # Of the largest singular value, 1e-3 is promised.
-        exact = 2e-3 if "lanczos" in name else 1e-4
-        limit = exact if dtype == "float32" else 16 * eps
-        yield _compared(
-            name, dtype, limit, ft.partial(_pulled_back, bound), raw, cotangent
-        )
+        limit = 2e-3 if "lanczos" in name else 1e-4
+        fn = ft.partial(_pulled_back, bound)
+        yield Job(name, dtype, max(limit, _rounding(dtype)), fn, raw, cotangent)
+
+
+def _rounding(dtype: str) -> float:
+    """What half precision may cost."""
+    return 0.0 if dtype == "float32" else 4 * float(jnp.finfo(dtype).eps)
 
 
 def _pulled_back(p: Callable, raw: Any, cotangent: Any) -> tuple[Any, Any]:
@@ -77,29 +101,21 @@ def _pulled_back(p: Callable, raw: Any, cotangent: Any) -> tuple[Any, Any]:
     return value, pull_back(cotangent)[0]
 
 
-def _wrappers(dtype: str, is_asked: Callable[[str], Any]) -> Iterator[Check]:
-    """Of each wrapper, and of the layer alone: products are what they are here, and a
+def _wrappers(dtype: str, is_asked: Callable[[str], Any]) -> Iterator[Job]:
+    """Of each wrapper, after the layer alone: products are what they are here, and a
     constrained layer may be as far from the truth as a free one, and a little more."""
-    keys = jax.random.split(jax.random.key(1), 3)
-    x = jax.random.normal(keys[0], (16, _FEATURES[0])).astype(dtype)
-    cotangent = jax.random.normal(keys[1], (16, _FEATURES[1])).astype(dtype)
-    eps = float(jnp.finfo(dtype).eps)
-    limit = float("inf")
     asked = {name: wrap for name, wrap in wrappers().items() if is_asked(name)}
     if not asked:
         return
+    keys = jax.random.split(jax.random.key(1), 3)
+    x = jax.random.normal(keys[0], (16, _FEATURES[0])).astype(dtype)
+    cotangent = jax.random.normal(keys[1], (16, _FEATURES[1])).astype(dtype)
     for name, wrap in {_ALONE: lambda layer: layer, **asked}.items():
         linear = eqx.nn.Linear(*_FEATURES, dtype=jnp.dtype(dtype), key=keys[2])
         layer, state = eqx.nn.make_with_state(wrap)(linear)
         arrays, static = eqx.partition((layer, state), eqx.is_inexact_array)
-        found = _compared(
-            name, dtype, limit, ft.partial(_through, static), arrays, (x, cotangent)
-        )
-        if name == _ALONE:
-            worst = max(found.value, found.gradient)
-            least = 2e-3 if dtype == "float32" else 16 * eps
-            limit = max(4 * worst, least)
-        yield found._replace(limit=limit)
+        fn, limit = ft.partial(_through, static), max(2e-3, _rounding(dtype))
+        yield Job(name, dtype, limit, fn, arrays, (x, cotangent))
 
 
 def wrappers() -> dict[str, Callable[[eqx.nn.Linear], Any]]:
@@ -143,9 +159,8 @@ def _through(static: Any, arrays: Any, given: Any) -> tuple[Any, Any]:
     return value, pull_back(cotangent)[0]
 
 
-def _compared(
-    name: str, dtype: str, limit: float, fn: Callable, arrays: Any, given: Any
-) -> Check:
+def _compared(job: Job) -> Check:
+    name, dtype, limit, fn, arrays, given = job
     compiled = jax.jit(fn)
     found, again = (jax.device_get(compiled(arrays, given)) for _ in range(2))
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True)
