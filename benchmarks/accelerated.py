@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 import peers
-from cases import forward_and_backward, remembering, wrapper_of
-from eqxreg._maps import WeightNorm, warm
+from cases import row_maps, warm_step, wrapper_of
 from jaxtyping import Array, PRNGKeyArray
-from networks import RATE
+from networks import RATE, is_stateful
 from timing import Call
 
 
@@ -26,44 +25,10 @@ def maps(size: int, dtype: str) -> dict[str, Call]:
     keys = jax.random.split(jax.random.key(0))
     weight = (jax.random.normal(keys[0], (size, size)) / size**0.5).astype(dtype)
     cotangent = jax.random.normal(keys[1], (size, size)).astype(dtype)
-    p = eqxreg.SpectralNorm()
-    step = lambda weight, start: p.measured(weight, warm(1), start)
-    made = {
-        "copy": jax.jit(lambda weight, cotangent: (weight + 1, cotangent + 1)),
-        "MaxNorm, unit": forward_and_backward(UNIT),
-        "snippet, unit": forward_and_backward(ft.partial(peers.max_norm, BOUND, 1)),
-        "MaxNorm, whole": forward_and_backward(eqxreg.MaxNorm(BOUND)),
-        "snippet, whole": forward_and_backward(ft.partial(peers.max_norm, BOUND, None)),
-        "WeightNorm": forward_and_backward(
-            WeightNorm("unit", jnp.ones((size, 1), dtype))
-        ),
-        "SpectralNorm, one step": remembering(step, p.cold_start(weight)),
-    }
+    made = row_maps(weight) | {"SpectralNorm, one step": warm_step(weight)}
     if dtype == "float32":
         made["eqx.nn.SpectralNorm"] = wrapper_of(eqx.nn.SpectralNorm, size)
     return {name: ft.partial(fn, weight, cotangent) for name, fn in made.items()}
-
-
-def singular(size: int) -> dict[str, Call]:
-    """All singular values moved, by both methods, beside an SVD."""
-    keys = jax.random.split(jax.random.key(0))
-    weight = jax.random.normal(keys[0], (size, size)) / size**0.5
-    near = jnp.linalg.qr(weight)[0] + 1e-3 * jax.random.rademacher(
-        keys[1], weight.shape, weight.dtype
-    )
-    made: dict[str, tuple[Callable, Array]] = {
-        "polar by SVD": (peers.polar_by_svd, weight),
-        "cap by SVD": (ft.partial(peers.cap_by_svd, BOUND), weight),
-    }
-    for method in ("factorisation", "products"):
-        polar = eqxreg.Orthogonal(method=method)
-        made[f"Orthogonal, {method}"] = (polar, weight)
-        made[f"Orthogonal, {method}, one step off"] = (polar, near)
-        made[f"SpectralCap, {method}"] = (
-            eqxreg.SpectralCap(BOUND, method=method),
-            weight,
-        )
-    return {name: ft.partial(jax.jit(fn), w) for name, (fn, w) in made.items()}
 
 
 # Steps. The memory of the old weights is that of the new ones, as in training.
@@ -102,8 +67,7 @@ def steps(size: int, batch: int, dtype: str) -> dict[str, Call]:
     x = jax.random.normal(key, (batch, size)).astype(dtype)
 
     def loss(model: Any, state: Any) -> tuple[Array, Any]:
-        stateful = isinstance(model, eqx.nn.StatefulLayer) and model.is_stateful()
-        if stateful:
+        if is_stateful(model):
             out, state = jax.vmap(model, in_axes=(0, None), out_axes=(0, None))(
                 x, state
             )

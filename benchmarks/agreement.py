@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from every import SIDE, every_map
+from networks import is_stateful
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -151,8 +152,7 @@ def _through(static: Any, arrays: Any, given: Any) -> tuple[Any, Any]:
 
     def called(arrays: Any) -> Any:
         layer, state = eqx.combine(arrays, static)
-        stateful = isinstance(layer, eqx.nn.StatefulLayer) and layer.is_stateful()
-        call = (lambda x: layer(x, state)[0]) if stateful else layer
+        call = (lambda x: layer(x, state)[0]) if is_stateful(layer) else layer
         return jax.vmap(call)(x)
 
     value, pull_back = jax.vjp(called, arrays)

@@ -15,7 +15,7 @@ import peers
 from eqxreg._maps import WeightNorm, warm
 from jax import lax
 from jaxtyping import Array
-from networks import MLP, stepper
+from networks import MLP, is_stateful, stepper
 from timing import Call
 
 
@@ -76,11 +76,10 @@ def wrapper_of(build: Callable[..., Any], size: int) -> Callable[..., Any]:
     return remembering(measured, state)
 
 
-def norm_maps(size: int) -> dict[str, Call]:
-    weight = jax.random.normal(jax.random.key(0), (size, size)) / size**0.5
-    cotangent = jax.random.normal(jax.random.key(1), (size, size))
-    gain = jnp.ones((size, 1))
-    made = {
+def row_maps(weight: Array) -> dict[str, Callable[..., Any]]:
+    """Max-norm and weight normalisation, beside a copy of weight and gradient."""
+    gain = jnp.ones((len(weight), 1), weight.dtype)
+    return {
         "copy": jax.jit(lambda weight, cotangent: (weight + 1, cotangent + 1)),
         "MaxNorm, unit": forward_and_backward(eqxreg.MaxNorm(BOUND, "unit")),
         "snippet, unit": forward_and_backward(ft.partial(peers.max_norm, BOUND, 1)),
@@ -88,11 +87,22 @@ def norm_maps(size: int) -> dict[str, Call]:
         "snippet, whole": forward_and_backward(ft.partial(peers.max_norm, BOUND, None)),
         "WeightNorm": forward_and_backward(WeightNorm("unit", gain)),
     }
+
+
+def warm_step(weight: Array) -> Callable[..., Any]:
+    """One step of the spectral norm, from what the last one found."""
+    p = eqxreg.SpectralNorm()
+    step = lambda weight, start: p.measured(weight, warm(1), start)
+    return remembering(step, p.cold_start(weight))
+
+
+def norm_maps(size: int) -> dict[str, Call]:
+    weight = jax.random.normal(jax.random.key(0), (size, size)) / size**0.5
+    cotangent = jax.random.normal(jax.random.key(1), (size, size))
+    made = row_maps(weight)
     if size <= 1024:
-        p = eqxreg.SpectralNorm()
-        step = lambda weight, start: p.measured(weight, warm(1), start)
         made |= {
-            "SpectralNorm, one step": remembering(step, p.cold_start(weight)),
+            "SpectralNorm, one step": warm_step(weight),
             "SpectralNormConstraint": wrapper_of(eqxreg.SpectralNormConstraint, size),
             "eqx.nn.SpectralNorm": wrapper_of(eqx.nn.SpectralNorm, size),
         }
@@ -141,8 +151,7 @@ def layer_calls(size: int) -> dict[str, Call]:
         def gradient(params: Any, state: Any) -> Any:
             def loss(params: Any) -> tuple[Array, Any]:
                 layer = eqx.combine(params, static)
-                stateful = isinstance(layer, eqx.nn.StatefulLayer)
-                if stateful and layer.is_stateful():
+                if is_stateful(layer):
                     out, new = layer(x, state)
                 else:
                     out, new = layer(x), state
@@ -164,7 +173,8 @@ def layer_calls(size: int) -> dict[str, Call]:
 # Singular values.
 
 
-def singular_maps(size: int) -> dict[str, Call]:
+def singular_maps(size: int, methods: tuple[Any, ...] = (None,)) -> dict[str, Call]:
+    """The polar factor and the cap by each method, beside an SVD."""
     keys = jax.random.split(jax.random.key(0))
     weight = jax.random.normal(keys[0], (size, size)) / size**0.5
     near = jnp.linalg.qr(weight)[0] + 1e-3 * jax.random.rademacher(
@@ -172,11 +182,17 @@ def singular_maps(size: int) -> dict[str, Call]:
     )
     made = {
         "polar by SVD": (peers.polar_by_svd, weight),
-        "Orthogonal": (eqxreg.Orthogonal(), weight),
-        "Orthogonal, one step off": (eqxreg.Orthogonal(), near),
         "cap by SVD": (ft.partial(peers.cap_by_svd, BOUND), weight),
-        "SpectralCap": (eqxreg.SpectralCap(BOUND), weight),
     }
+    for method in methods:
+        by = "" if method is None else f", {method}"
+        polar = eqxreg.Orthogonal(method=method)
+        cap = eqxreg.SpectralCap(BOUND, method=method)
+        made |= {
+            f"Orthogonal{by}": (polar, weight),
+            f"Orthogonal{by}, one step off": (polar, near),
+            f"SpectralCap{by}": (cap, weight),
+        }
     return {name: ft.partial(jax.jit(fn), w) for name, (fn, w) in made.items()}
 
 

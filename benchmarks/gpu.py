@@ -63,6 +63,7 @@ class Group:
 
 def groups(quick: bool) -> Iterator[Group]:
     import accelerated
+    import cases
 
     for dtype in ("float32", "bfloat16"):
         for size in (256, 512) if quick else (1024, 2048, 4096, 8192):
@@ -88,7 +89,8 @@ def groups(quick: bool) -> Iterator[Group]:
         yield Group(title, ft.partial(accelerated.block_steps, width, own))
     for size in (64, 128) if quick else (1024, 2048):
         title = f"singular values, {size} x {size}, float32, forward"
-        yield Group(title, ft.partial(accelerated.singular, size))
+        methods = ("factorisation", "products")
+        yield Group(title, ft.partial(cases.singular_maps, size, methods))
 
 
 def measure(group: Group, rounds: int) -> dict[str, Any]:

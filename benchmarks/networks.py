@@ -14,6 +14,11 @@ from jaxtyping import Array, PRNGKeyArray
 RATE = 1e-3
 
 
+def is_stateful(layer: Any) -> bool:
+    """Whether a layer is called with a state, and returns one."""
+    return isinstance(layer, eqx.nn.StatefulLayer) and layer.is_stateful()
+
+
 class MLP(eqx.Module):
     """Three square layers, which may be stateful."""
 
@@ -28,8 +33,7 @@ class MLP(eqx.Module):
     def __call__(self, x: Array, state: Any) -> tuple[Array, Any]:
         for i, layer in enumerate(self.layers):
             x = jax.nn.relu(x) if i else x
-            is_stateful = isinstance(layer, eqx.nn.StatefulLayer)
-            if is_stateful and layer.is_stateful():
+            if is_stateful(layer):
                 x, state = layer(x, state)
             else:
                 x = layer(x)

@@ -362,8 +362,7 @@ def _frame(across: Array) -> Array:
 
     # Beside large singular values of K, what is small is gone from the sum.
     def far(across):
-        both = jnp.concatenate([across, jnp.broadcast_to(eye, gram.shape)], axis=-2)
-        return jnp.linalg.qr(both, mode="r")
+        return jnp.linalg.qr(jnp.concatenate([across, eye], axis=-2), mode="r")
 
     size = jnp.max(jnp.trace(gram.real, axis1=-2, axis2=-1), initial=0)
     is_far = size > 0.01 / jnp.finfo(size.dtype).eps
