@@ -179,13 +179,10 @@ def outside(
     """The part of a unit vector that is orthogonal to all of `basis`, at norm one, and
     its norm. If only rounding is left, it is zero."""
 
-    def orthogonal(v: Array) -> tuple[Array, Array]:
-        return unit(v - matmul(matmul(jnp.conj(basis), v), basis))
-
     # Twice is enough.
-    v, first = orthogonal(v)
-    v, second = orthogonal(v)
-    norm = first * second
+    for _ in range(2):
+        v = v - matmul(matmul(jnp.conj(basis), v), basis)
+    v, norm = unit(v)
     is_rounding = norm < 10 * jnp.finfo(norm.dtype).eps
     return jnp.where(is_rounding, 0, v), jnp.where(is_rounding, 0, norm)
 
