@@ -69,11 +69,16 @@ from ._norms import (
     scaled_norm as scaled_norm,
     squared_magnitude as squared_magnitude,
 )
+from ._platforms import (
+    on_gpu as on_gpu,
+    on_tpu as on_tpu,
+)
 from ._polar import (
     polar as polar,
 )
 from ._precision import (
     holds as holds,
+    holds_range as holds_range,
     is_half as is_half,
     margin as margin,
     narrow as narrow,

@@ -11,7 +11,8 @@ from jax import lax
 from jaxtyping import Array, Float, Inexact, UInt32
 
 from ._norms import squared_magnitude
-from ._precision import real_dtype
+from ._platforms import on_cpu, read_again
+from ._precision import is_half, real_dtype, widen
 from ._products import matmul
 
 
@@ -54,11 +55,30 @@ class Top(NamedTuple):
 
 
 def of_matrix(matrix: Inexact[Array, "m n"]) -> LinearMap:
-    """A matrix as a linear map."""
-    return LinearMap(
-        lambda v: matmul(matrix, v),
-        lambda u: jnp.conj(matmul(jnp.conj(u), matrix)),
-    )
+    """A matrix as a linear map. One in half precision maps vectors in single precision,
+    and is read as it is."""
+    forward, adjoint = matmul, lambda matrix, u: jnp.conj(matmul(jnp.conj(u), matrix))
+    if not is_half(matrix.dtype):
+        return LinearMap(ft.partial(forward, matrix), ft.partial(adjoint, matrix))
+
+    def product(fn: Callable, summed: int) -> Callable[[Array], Array]:
+        """`fn` of the matrix, as a sum over an axis on CPUs, where a matrix product
+        would write a wider copy; a small one does not leave the cache."""
+
+        def by_sum(matrix, v):
+            matrix, v = read_again(matrix, jnp.expand_dims(v, 1 - summed))
+            return jnp.sum(widen(matrix) * v, axis=summed)
+
+        by_product = lambda matrix, v: fn(widen(matrix), v)
+        if matrix.size < _LARGE:
+            return ft.partial(by_product, matrix)
+        return ft.partial(on_cpu, by_sum, by_product, matrix)
+
+    return LinearMap(product(forward, 1), product(adjoint, 0))
+
+
+_LARGE = 2**20
+"""From as many entries on a matrix is better not copied."""
 
 
 def unit(x: Inexact[Array, " n"]) -> tuple[Inexact[Array, " n"], Float[Array, ""]]:

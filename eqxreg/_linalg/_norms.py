@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact
 
-from ._precision import widen
+from ._platforms import on_gpu, read_again
+from ._precision import is_half, wide_dtype, widen
 
 
 def squared_magnitude(x: Inexact[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -50,6 +51,7 @@ def _scaled_norm(weight, axes):
 def _(axes, primals, tangents):
     (weight,), (tangent,) = primals, tangents
     norm, scale = _scaled_norm(weight, axes)
+    weight, tangent = widen(weight), widen(tangent)
     factor = scale.astype(weight.dtype)
     along = jnp.real(jnp.conj(weight * factor) * (tangent * factor))
     inner = jnp.sum(along, axis=axes, keepdims=True)
@@ -64,7 +66,8 @@ def _batched_scaled_norm(weight, axes):
     # branches. Norms batch by having one more axis, so that is what we do instead.
     @jax.custom_batching.custom_vmap
     def norms(weight):
-        return _norm_by_cases(weight, axes)
+        at_once = ft.partial(_norm_at_once, axes=axes)
+        return on_gpu(at_once, ft.partial(_norm_by_cases, axes=axes), weight)
 
     @norms.def_vmap
     def _(axis_size, in_batched, weight):
@@ -75,18 +78,47 @@ def _batched_scaled_norm(weight, axes):
 
 
 def _norm_by_cases(weight, axes):
-    squares = jnp.sum(squared_magnitude(weight), axis=axes, keepdims=True)
+    """One pass nearly always, and two if something is out of range."""
+    weight = read_again(weight) if is_half(weight.dtype) else weight
+    squares = _squares(weight, axes)
     scale = _scale_for(squares, weight.size // max(squares.size, 1))
 
     def plain(weight, squares, scale):
         return jnp.sqrt(squares)
 
     def careful(weight, squares, scale):
-        scaled = weight * scale.astype(weight.dtype)
-        return jnp.sqrt(jnp.sum(squared_magnitude(scaled), axis=axes, keepdims=True))
+        return jnp.sqrt(_squares(weight, axes, scale))
 
     norm = lax.cond(jnp.all(scale == 1), plain, careful, weight, squares, scale)
     return norm, scale
+
+
+def _norm_at_once(weight, axes):
+    """One pass always, which sums the squares at three scales."""
+    wide = widen(weight)
+    scales = (1.0, *_scales(wide_dtype(weight.dtype)))
+    squares = [squared_magnitude(wide * jnp.asarray(s, wide.dtype)) for s in scales]
+    zeros = [jnp.zeros((), x.dtype) for x in squares]
+    add = lambda xs, ys: [x + y for x, y in zip(xs, ys, strict=True)]
+    sums = lax.reduce(squares, zeros, add, axes)
+    plain, raised, lowered = (jnp.expand_dims(x, axes) for x in sums)
+    scale = _scale_for(plain, weight.size // max(plain.size, 1))
+    others = jnp.where(scale > 1, raised, lowered)
+    return jnp.sqrt(jnp.where(scale == 1, plain, others)), scale
+
+
+def _squares(weight, axes, scale=None):
+    """The sums of squares of a weight, or of a weight times a number for each slice.
+    One in half precision is read as it is, and never written in another."""
+    wide = widen(weight)
+    wide = wide if scale is None else wide * scale.astype(wide.dtype)
+    return jnp.sum(squared_magnitude(wide), axis=axes, keepdims=True)
+
+
+def _scales(dtype) -> tuple[float, float]:
+    """Two powers of two that bring all that is out of range into it."""
+    most = jnp.finfo(dtype).maxexp
+    return 2.0 ** (0.625 * most // 1), 2.0 ** -(0.7 * most // 1)
 
 
 def _scale_for(squares: Float[Array, "*norms"], count: int) -> Float[Array, "*norms"]:
@@ -95,8 +127,7 @@ def _scale_for(squares: Float[Array, "*norms"], count: int) -> Float[Array, "*no
     so small that what was flushed to zero may be more than rounding."""
     info = jnp.finfo(squares.dtype)
     smallest = float(info.tiny) / float(info.eps) * max(count, 1)
-    # Two fixed powers of two bring all that is out of range into it.
-    up, down = 2.0 ** (0.625 * info.maxexp // 1), 2.0 ** -(0.7 * info.maxexp // 1)
+    up, down = _scales(squares.dtype)
     one = jnp.ones_like(squares)
     scale = jnp.where(squares < smallest, up * one, one)
     return jnp.where(jnp.isfinite(squares), scale, down * one)
@@ -105,7 +136,7 @@ def _scale_for(squares: Float[Array, "*norms"], count: int) -> Float[Array, "*no
 def frobenius_norm(x: Inexact[Array, "..."]) -> Float[Array, ""]:
     """The Euclidean norm of all entries, in at least single precision. Its derivative
     at zero is zero."""
-    norm, scale = scaled_norm(widen(x), tuple(range(x.ndim)))
+    norm, scale = scaled_norm(x, tuple(range(x.ndim)))
     return jnp.reshape(norm / scale, ())
 
 

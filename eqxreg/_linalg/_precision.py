@@ -17,6 +17,11 @@ def holds(dtype, other) -> bool:
     return own.nmant >= other.nmant and own.maxexp >= other.maxexp
 
 
+def holds_range(dtype, other) -> bool:
+    """Whether a floating dtype has numbers as large as those of another."""
+    return jnp.finfo(dtype).maxexp >= jnp.finfo(other).maxexp
+
+
 def wide_dtype(dtype) -> jnp.dtype:
     """The real dtype that norms of a weight of this dtype are accumulated in."""
     real = jnp.finfo(dtype)

@@ -18,9 +18,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact
 
-from .._linalg import is_half, margin, narrow, scaled_norm, tolerance, widen
+from .._linalg import (
+    is_half,
+    margin,
+    narrow,
+    on_tpu,
+    scaled_norm,
+    tolerance,
+    widen,
+)
 
 
 class Norms(NamedTuple):
@@ -54,7 +63,7 @@ class Plan(NamedTuple):
 
 def norms_of(weight: Inexact[Array, "..."], axes: tuple[int, ...]) -> Norms:
     """The norms of the slices of `weight` over `axes`."""
-    return Norms(*scaled_norm(widen(weight), axes))
+    return Norms(*scaled_norm(weight, axes))
 
 
 # A plan is called as `plan(norms, dtype, *bounds)`, with the dtype of the weight.
@@ -114,7 +123,7 @@ def _(plan, axes, primals, tangents):
     along = _along(plan, axes, made, primals, tangents)
     across = jnp.where(made.plan.bends, made.slope, 1)
     change = across.astype(dtype) * tangent + along.astype(dtype) * made.result
-    return value, change.astype(weight.dtype)
+    return value, _written(change.astype(weight.dtype), axes)
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -170,9 +179,9 @@ def _along(plan, axes, made: _Made, primals, tangents) -> Float[Array, "..."]:
     # the transpose, written to memory.
     size = jnp.where(made.plan.moves, made.plan.target, norms.norm / norms.scale)
     # A target is zero only where a relative bound is.
-    size = jnp.where(size > 0, size, 1)
+    inverse = 1 / jnp.where(size > 0, size, 1)
     inner = jnp.real(jnp.conj(made.result) * widen(tangent))
-    norm_tangent = jnp.sum(inner, axis=axes, keepdims=True) / size
+    norm_tangent = jnp.sum(inner, axis=axes, keepdims=True) * inverse
 
     def target(norm, *bounds):
         again = plan(Norms(norm, norms.scale), weight.dtype, *bounds)
@@ -183,7 +192,7 @@ def _along(plan, axes, made: _Made, primals, tangents) -> Float[Array, "..."]:
         (norms.norm, *bounds),
         (norm_tangent * norms.scale, *bound_tangents),
     )[1]
-    change = (target_tangent - made.slope * norm_tangent) / size
+    change = (target_tangent - made.slope * norm_tangent) * inverse
     return jnp.where(made.plan.bends, change, 0)
 
 
@@ -209,7 +218,8 @@ def _(axes, primals, tangents):
     along = _gain_along(axes, norms, weight, gain, tangent, gain_tangent)
     dtype = tangent.dtype
     change = across.astype(dtype) * tangent + along.astype(dtype) * widen(weight)
-    return with_gain(axes, weight, gain), change.astype(weight.dtype)
+    change = _written(change.astype(weight.dtype), axes)
+    return with_gain(axes, weight, gain), change
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -260,3 +270,13 @@ def _at(norms: Norms, target: Array, weight: Array) -> Array:
     factor = target / jnp.where(norms.nonzero, norms.norm, 1)
     # In this order of the products nothing overflows that has no reason to.
     return wide * norms.scale.astype(wide.dtype) * factor.astype(wide.dtype)
+
+
+@ft.partial(jax.jit, static_argnums=1, inline=True)
+def _written(gradient: Array, axes: tuple[int, ...]) -> Array:
+    """A tangent, whose cotangent is in memory before anything is made of it. If sums
+    over its rows were fused with what makes it, it would be transposed on TPUs, and the
+    weight too."""
+    if len(axes) == gradient.ndim:
+        return gradient
+    return on_tpu(lax.optimization_barrier, lambda x: x, gradient)

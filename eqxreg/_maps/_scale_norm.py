@@ -46,7 +46,8 @@ class Measure(NamedTuple):
     linear: LinearIn
     """The map, which depends on the weight linearly."""
     top: Callable[[Array, Array], Top]
-    """Its largest singular value, from a weight and a vector to start from."""
+    """Its largest singular value, from a weight, which may be in half precision, and a
+    vector to start from."""
 
 
 class Target(NamedTuple):
@@ -104,7 +105,7 @@ def _(plan, measure, primals, tangents):
 
 
 def _planned(plan, measure, weight, start, bound):
-    top = measure.top(widen(weight), start)
+    top = measure.top(weight, start)
     # What overflowed, or is not a number, is too long.
     top = top._replace(value=jnp.where(jnp.isnan(top.value), jnp.inf, top.value))
     norms = Norms(top.value, jnp.ones_like(top.value))
@@ -141,7 +142,7 @@ def _along(measure: Measure, top: Top, tangent: Array) -> Float[Array, ""]:
 
 
 def _lanczos(linear: LinearIn, weight: Array, start: Array) -> Top:
-    return from_start(linear(weight), start)
+    return from_start(linear(widen(weight)), start)
 
 
 def from_start(linear: LinearMap, start: Inexact[Array, " n"], **options: Any) -> Top:
@@ -156,19 +157,21 @@ def from_start(linear: LinearMap, start: Inexact[Array, " n"], **options: Any) -
 
 
 def _power(steps: int, linear: LinearIn, weight: Array, start: Array) -> Top:
+    # A matrix in half precision is read as it is.
+    weight = weight if linear is of_matrix else widen(weight)
     return power_iteration(linear(weight), start, steps)
 
 
 def _settled(linear: LinearIn, weight: Array, start: Array) -> Top:
     # A baked layer is to agree with the wrapper, whose program rounds in other places,
     # by far better than to the error of the search.
-    return settled(linear(weight), start, tol=1e-4)
+    return settled(linear(widen(weight)), start, tol=1e-4)
 
 
 ESTIMATORS: dict[str, Measure] = {
     "lanczos": Measure(of_matrix, ft.partial(_lanczos, of_matrix)),
-    "gram": Measure(of_matrix, lambda weight, _: gram(weight)),
-    "svd": Measure(of_matrix, lambda weight, _: svd(weight)),
+    "gram": Measure(of_matrix, lambda weight, _: gram(widen(weight))),
+    "svd": Measure(of_matrix, lambda weight, _: svd(widen(weight))),
 }
 
 
