@@ -37,6 +37,7 @@ def every_map() -> dict[str, eqxreg.Parametrization]:
         eqxreg.PositiveSemidefinite(),
         eqxreg.LowRank(2),
         eqxreg.Masked(np.tri(SIDE, dtype=bool)),
+        eqxreg.Pinned(np.tri(SIDE, dtype=bool), 0.5),
         eqxreg.Positive(),
         eqxreg.Interval(-BOUND, BOUND),
         eqxreg.Cayley(),

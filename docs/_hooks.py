@@ -1,8 +1,9 @@
 """What MkDocs does for this site beyond its plugins.
 
 Three pages are files at the root of the repository, with their links made to fit; the
-picture of the rooms is drawn from the imports; what a GPU has measured becomes tables;
-and formulas become MathML here, so that a reader's browser runs no script for them.
+picture of the rooms is drawn from the imports; what was measured and counted for
+accelerators becomes tables; and formulas become MathML here, so that a reader's browser
+runs no script for them.
 """
 
 import re
@@ -16,6 +17,7 @@ from mkdocs.structure.files import File
 
 # MkDocs loads this file by its path.
 sys.path.append(str(Path(__file__).parent))
+from _counted import with_counts
 from _measured import with_tables
 from _rooms import draw
 
@@ -52,7 +54,7 @@ def _retarget(path: str, repository: str) -> str:
 
 
 def on_page_markdown(markdown, **_):
-    return with_tables(markdown)
+    return with_counts(with_tables(markdown))
 
 
 def on_page_content(html, **_):

@@ -2,6 +2,7 @@
 through `scaled_norm`."""
 
 import functools as ft
+import math
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ def _norm_by_cases(weight, axes):
     """One pass nearly always, and two if something is out of range."""
     weight = read_again(weight) if is_half(weight.dtype) else weight
     squares = _squares(weight, axes)
-    scale = _scale_for(squares, weight.size // max(squares.size, 1))
+    scale = _scale_for(squares, _count(weight, axes))
 
     def plain(weight, squares, scale):
         return jnp.sqrt(squares)
@@ -102,7 +103,7 @@ def _norm_at_once(weight, axes):
     add = lambda xs, ys: [x + y for x, y in zip(xs, ys, strict=True)]
     sums = lax.reduce(squares, zeros, add, axes)
     plain, raised, lowered = (jnp.expand_dims(x, axes) for x in sums)
-    scale = _scale_for(plain, weight.size // max(plain.size, 1))
+    scale = _scale_for(plain, _count(weight, axes))
     others = jnp.where(scale > 1, raised, lowered)
     return jnp.sqrt(jnp.where(scale == 1, plain, others)), scale
 
@@ -131,6 +132,10 @@ def _scale_for(squares: Float[Array, "*norms"], count: int) -> Float[Array, "*no
     one = jnp.ones_like(squares)
     scale = jnp.where(squares < smallest, up * one, one)
     return jnp.where(jnp.isfinite(squares), scale, down * one)
+
+
+def _count(weight, axes) -> int:
+    return math.prod(weight.shape[axis] for axis in axes)
 
 
 def frobenius_norm(x: Inexact[Array, "..."]) -> Float[Array, ""]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, PyTree
 from .._linalg import all_finite, frobenius_norm, real_dtype, tolerance, widen
 from .._values import Shaped, has_schedule, is_schedule
 from ._checks import check_dtype, check_kept
-from ._factored import Factored
+from ._factored import OnlyMultiplied
 
 
 _Map = TypeVar("_Map", bound="Parametrization")
@@ -111,7 +111,7 @@ class Parametrization(eqx.Module):
         """
         check_dtype(weight)
 
-    def _factored(self, raw: Inexact[Array, "..."]) -> Factored | None:
+    def _factored(self, raw: Inexact[Array, "..."]) -> OnlyMultiplied | None:
         """`self(raw)` as multiples of the rows of `raw`, if it is that."""
         return None
 
@@ -232,7 +232,7 @@ def share(flags: Bool[Array, "..."], like: Inexact[Array, "..."]) -> Float[Array
     return jnp.sum(flags, dtype=total.dtype) / total
 
 
-def factored(p: Parametrization, raw: Inexact[Array, "..."]) -> Factored | None:
+def factored(p: Parametrization, raw: Inexact[Array, "..."]) -> OnlyMultiplied | None:
     """`p(raw)` as multiples of the rows of `raw`, if it is that. A subclass that has a
     `__call__` of its own may be anything."""
     cls = next(c for c in type(p).__mro__ if "_factored" in vars(c))

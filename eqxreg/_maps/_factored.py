@@ -20,8 +20,9 @@ from jaxtyping import Array, ArrayLike, Float, Inexact
 from .._linalg import holds_range, is_half, wide_dtype, widen, with_derivative_of
 
 
-class Factored(eqx.Module):
-    """The matrix `factor * matrix`, or its transpose, as something to multiply with."""
+class OnlyMultiplied(eqx.Module):
+    """The matrix `factor * matrix`, or its transpose, as something to multiply with.
+    Functions of JAX name this class when they refuse it."""
 
     matrix: Inexact[Array, "rows columns"]
     factor: Float[Array, "#rows 1"]
@@ -31,8 +32,8 @@ class Factored(eqx.Module):
     __array_ufunc__ = None
 
     @property
-    def T(self) -> "Factored":
-        return Factored(self.matrix, self.factor, not self.is_transposed)
+    def T(self) -> "OnlyMultiplied":
+        return OnlyMultiplied(self.matrix, self.factor, not self.is_transposed)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,9 +68,6 @@ class Factored(eqx.Module):
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(_needs_array(f".{name}"))
-
-    def __jax_array__(self) -> NoReturn:
-        raise TypeError(_needs_array("an array"))
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise TypeError(_needs_array("an array"))

@@ -6,7 +6,6 @@ the weight; where it is not, for `ord` 1 and inf, in `_simplex.py` and
 """
 
 import abc
-import functools as ft
 import math
 from collections.abc import Callable
 from typing import ClassVar
@@ -29,16 +28,16 @@ from .._values import (
 from ._base import Parametrization, Projection
 from ._checks import check_dtype
 from ._elementwise import clip
-from ._factored import Factored, is_factorable
+from ._factored import OnlyMultiplied, is_factorable
 from ._rescale import (
     Plan,
     at_most,
-    between,
     exactly,
     factors,
     gain_factors,
     norms_of,
     rescale,
+    towards,
     with_gain,
 )
 from ._simplex import project_to_l1_ball
@@ -59,7 +58,7 @@ class _NormMap(Projection):
         plan, bounds = self._plan(raw.dtype)
         return rescale(plan, resolve_axes(self.axis, raw.ndim), raw, *bounds)
 
-    def _factored(self, raw: Inexact[Array, "..."]) -> Factored | None:
+    def _factored(self, raw: Inexact[Array, "..."]) -> OnlyMultiplied | None:
         plan, bounds = self._plan(raw.dtype)
         return _by_rows(raw, self.axis, lambda axes: factors(plan, axes, raw, *bounds))
 
@@ -150,7 +149,7 @@ class MaxNorm(_NormMap):
     def _plan(self, dtype) -> tuple[Callable[..., Plan], tuple[Array, ...]]:
         return at_most, (bound_value(self.max_norm, wide_dtype(dtype)),)
 
-    def _factored(self, raw: Inexact[Array, "..."]) -> Factored | None:
+    def _factored(self, raw: Inexact[Array, "..."]) -> OnlyMultiplied | None:
         return super()._factored(raw) if self.ord == 2 else None
 
 
@@ -225,7 +224,7 @@ class MinMaxNorm(_NormMap):
         wide = wide_dtype(dtype)
         low = bound_value(self.min_norm, wide, toward=math.inf)
         high = bound_value(self.max_norm, wide)
-        return ft.partial(between, rate=self.rate), (low, high)
+        return towards(self.rate), (low, high)
 
     def contains(
         self, weight: Inexact[Array, "..."], tol: ArrayLike | None = None
@@ -307,7 +306,7 @@ class WeightNorm(Parametrization):
     def __call__(self, raw: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         return with_gain(resolve_axes(self.axis, raw.ndim), raw, self._bound_gain)
 
-    def _factored(self, raw: Inexact[Array, "..."]) -> Factored | None:
+    def _factored(self, raw: Inexact[Array, "..."]) -> OnlyMultiplied | None:
         gain = self._bound_gain
         return _by_rows(raw, self.axis, lambda axes: gain_factors(axes, raw, gain))
 
@@ -334,12 +333,12 @@ def _by_rows(
     raw: Inexact[Array, "..."],
     axis: Axis,
     factors: Callable[[tuple[int, ...]], Float[Array, "..."]],
-) -> Factored | None:
+) -> OnlyMultiplied | None:
     """`raw` times `factors` of the axes of its norms, if these are of whole rows."""
     axes = resolve_axes(axis, raw.ndim)
     if 1 not in axes or not is_factorable(raw):
         return None
-    return Factored(raw, factors(axes))
+    return OnlyMultiplied(raw, factors(axes))
 
 
 def _contains(

@@ -75,6 +75,13 @@ def at_most(norms: Norms, dtype, high: Array) -> Plan:
     return Plan(high * (1 - margin(dtype)), above, above)
 
 
+@ft.cache
+def towards(rate: float) -> Callable[..., Plan]:
+    """`between`, `rate` of the way. It is one object for each rate, for what is
+    compiled is kept by plan."""
+    return ft.partial(between, rate=rate)
+
+
 def between(norms: Norms, dtype, low: Array, high: Array, *, rate: float) -> Plan:
     """Slices that are out of range go `rate` of the way into it. A zero slice has no
     direction, and stays."""
@@ -100,7 +107,10 @@ def exactly(norms: Norms, dtype, norm: Array) -> Plan:
     return Plan(target, off & norms.nonzero, norms.nonzero)
 
 
-@ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+# Compiled as a whole, so that layers of one shape are traced once.
+
+
+@ft.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def rescale(
     plan: Callable[..., Plan],
     axes: tuple[int, ...],
@@ -108,13 +118,29 @@ def rescale(
     *bounds: Array,
 ) -> Inexact[Array, "*shape"]:
     """`weight` with its slices over `axes` at the norms of `plan`."""
+    return _rescale(plan, axes, weight, *bounds)
+
+
+@ft.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def factors(
+    plan: Callable[..., Plan],
+    axes: tuple[int, ...],
+    weight: Inexact[Array, "..."],
+    *bounds: Array,
+) -> Float[Array, "..."]:
+    """What `rescale` multiplies the slices of `weight` by."""
+    return _factors(plan, axes, weight, *bounds)
+
+
+@ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _rescale(plan, axes, weight, *bounds):
     norms = norms_of(weight, axes)
     made = plan(norms, weight.dtype, *bounds)
     moved = narrow(_at(norms, made.target, weight), weight.dtype)
     return jnp.where(made.moves, moved, weight)
 
 
-@rescale.defjvp
+@_rescale.defjvp
 def _(plan, axes, primals, tangents):
     (weight, *_), (tangent, *_) = primals, tangents
     made = _Made.of(plan, axes, *primals)
@@ -127,17 +153,11 @@ def _(plan, axes, primals, tangents):
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def factors(
-    plan: Callable[..., Plan],
-    axes: tuple[int, ...],
-    weight: Inexact[Array, "..."],
-    *bounds: Array,
-) -> Float[Array, "..."]:
-    """What `rescale` multiplies the slices of `weight` by."""
+def _factors(plan, axes, weight, *bounds):
     return _Made.of(plan, axes, weight, *bounds).factors
 
 
-@factors.defjvp
+@_factors.defjvp
 def _(plan, axes, primals, tangents):
     made = _Made.of(plan, axes, *primals)
     # Where the result changes by a multiple of itself, so does the factor.

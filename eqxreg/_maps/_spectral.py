@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Inexact
 from .._linalg import Top, fixed_vector, real_dtype, tolerance, wide_dtype, widen
 from .._values import Bound, StoredBound, bound_value, check_bound
 from ._checks import check_method
-from ._factored import Factored, is_factorable
+from ._factored import OnlyMultiplied, is_factorable
 from ._matrix import (
     MatrixProjection,
     RowAxes,
@@ -96,7 +96,7 @@ class _SpectralScaling(MatrixProjection):
         raw: Inexact[Array, "..."],
         measure: Measure,
         starts: Inexact[Array, "blocks n"],
-    ) -> tuple[Factored | None, Inexact[Array, "blocks n"]]:
+    ) -> tuple[OnlyMultiplied | None, Inexact[Array, "blocks n"]]:
         """As `measured`, if the weight may stay as it is and its products be scaled."""
         target = self.plan(raw.dtype)
         if self.matrix not in ("unit", 0, (0,)) or not is_factorable(raw):
@@ -110,9 +110,9 @@ class _SpectralScaling(MatrixProjection):
             return jnp.repeat(factors, rows)[:, None], starts
 
         factor, starts = automatically_measured(scaled, raw, starts)
-        return Factored(raw, factor), starts
+        return OnlyMultiplied(raw, factor), starts
 
-    def _factored(self, raw: Inexact[Array, "..."]) -> Factored | None:
+    def _factored(self, raw: Inexact[Array, "..."]) -> OnlyMultiplied | None:
         return self.factored(raw, self._measure, self.cold_start(raw))[0]
 
     def _start(self, weight):

@@ -173,7 +173,7 @@ class Met(NamedTuple):
     inference: bool | None
     to_multiply: bool
     """Whether it will only be multiplied with vectors, so that what is made of it may
-    be a `Factored` one."""
+    be a `OnlyMultiplied` one."""
 
 
 def _rewrite(

@@ -138,13 +138,6 @@ def test_inside_the_set_a_product_keeps_its_bits():
     assert jnp.array_equal(wrapped(X), layer(X))
 
 
-def test_in_half_precision_it_is_the_weight_that_is_rounded():
-    layer = eqx.nn.Linear(4, 6, dtype=jnp.bfloat16, key=KEY)
-    wrapped = eqxreg.MaxNormConstraint(layer, "weight", 0.3, **UNIT)
-    x = X.astype(jnp.bfloat16)
-    assert jnp.array_equal(wrapped(x), eqxreg.bake(wrapped)(x))
-
-
 class Tied(eqx.Module):
     """A layer of one's own, which does more with a weight than multiply with it."""
 
