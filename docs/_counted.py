@@ -1,5 +1,7 @@
-"""Tables of what compilers for TPUs and GPUs make of training steps, from
-`docs/data/tpu.json` and `h100.json`, which `make bench-tpu` and `make bench-cuda` write.
+"""Tables of what compilers for TPUs and GPUs make of training steps.
+
+They are from `docs/data/tpu.json` and `h100.json`, which `benchmarks/accelerators.py`
+writes.
 """
 
 import json

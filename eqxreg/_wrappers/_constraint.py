@@ -58,6 +58,11 @@ class Constraint(Wrapper):
     or by `weight: Array = eqx.field(metadata={"ndim": 2})`. If it says nothing, wrap
     its modules inside the `eqx.filter_vmap` that stacks them.
 
+    A layer that only multiplies with its weight gets the same result for less: the
+    product is scaled, and the constrained weight is not written to memory. For
+    Equinox's layers that is known. A class of your own says so by the class attribute
+    `only_multiplies = ("weight",)`.
+
     Wrappers of others are looked through if they only rewrite a weight:
     `eqx.nn.SpectralNorm` and `eqx.nn.WeightNorm` are, and a class of your own with
     fields `layer` and `weight_name` is if it has the class attribute
