@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from eqxreg._maps import WeightNorm, warm
+from eqxreg._maps import WeightNorm, _rescale, warm
 from hlo import counts_of_today
 
 
@@ -132,6 +132,25 @@ def test_operations_grow_with_the_layers_and_no_faster():
     p = eqxreg.MaxNorm(0.5, axis="unit")
     counts = [operations(gradient_text(d, False, p)) for d in (2, 4, 8)]
     assert counts[2] - counts[1] <= 2.2 * (counts[1] - counts[0])
+
+
+def test_layers_of_one_shape_are_traced_once(monkeypatch):
+    calls = []
+    norms_of = _rescale.norms_of
+    counted = lambda *args: calls.append(None) or norms_of(*args)
+    monkeypatch.setattr(_rescale, "norms_of", counted)
+
+    def traces(width, depth):
+        calls.clear()
+        model = eqx.nn.MLP(width, width, width, depth, key=jax.random.key(0))
+        model = eqxreg.constrain(model, eqxreg.MinMaxNorm(0.1, 0.5, 0.5, axis="unit"))
+        params, static = eqx.partition(model, eqx.is_inexact_array)
+        loss = lambda params, x: jnp.sum(eqx.combine(params, static)(x) ** 2)
+        jax.make_jaxpr(jax.grad(loss))(params, jnp.ones(width))
+        return len(calls)
+
+    # Of widths that no other test has.
+    assert 0 < traces(83, 12) <= traces(89, 2)
 
 
 @pytest.mark.usefixtures("standard_promotion")
