@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from eqxreg._linalg import wide_dtype
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from quick import filter_jit, jit
 from spectra import singular_values, with_spectrum
 from tables import exact, sample
@@ -157,6 +158,18 @@ def test_a_bound_may_be_traced():
         np.testing.assert_allclose(found, excess(weight, cap), rtol=1e-5)
 
 
+class Halved(eqxreg.SpectralCap):
+    def __call__(self, raw):
+        return super().__call__(raw) / 2
+
+
+def test_a_subclass_with_a_map_of_its_own_is_measured_by_it():
+    weight = spectral(ABOVE)
+    values = singular_values(weight)
+    expected = np.linalg.norm(values - np.minimum(values, CAP) / 2)
+    np.testing.assert_allclose(Halved(CAP)._standing(weight)[0], expected, rtol=1e-5)
+
+
 def tree_of(count):
     return {f"weight_{i}": (1.0 + i) * spectral(ABOVE / 3) for i in range(count)}
 
@@ -195,3 +208,17 @@ def test_weights_of_one_shape_share_a_program():
 
     assert loops(1) == loops(4)
     assert loops(1)[1] > 0
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_sharded_weight_has_the_same_numbers(kind):
+    weight = spectral(ABOVE[:128], 136)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(getattr(AxisType, kind),))
+    placed = jax.device_put(weight, NamedSharding(mesh, PartitionSpec("x")))
+    p = eqxreg.SpectralCap(CAP)
+    measure = jit(lambda tree: eqxreg.metrics(tree, projection=p))
+    found = measure({"weight_0": placed, "weight_1": placed})
+    for i in range(2):
+        distance = found[f"['weight_{i}']/distance"]
+        np.testing.assert_allclose(distance, excess(weight), rtol=1e-5)
+        assert found[f"['weight_{i}']/active"] == 1
