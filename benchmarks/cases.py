@@ -237,6 +237,25 @@ def mlp_steps(batch: int) -> dict[str, Call]:
     return calls
 
 
+def report_calls(batch: int) -> dict[str, Call]:
+    """A step, and what the weights are like: outside of a set, on its boundary and
+    well inside."""
+    width, key = 1024, jax.random.key(0)
+    model, _ = eqx.nn.make_with_state(MLP)(width, lambda layer, key: layer, key)
+    x = jax.random.normal(key, (batch, width))
+    cap = eqxreg.SpectralCap(BOUND)
+    capped = eqxreg.project_params(model, cap)
+    report = lambda model, p: lambda: eqxreg.report(model, projection=p)
+    return {
+        "step": stepper(model, None, x, jnp.zeros((batch, width))),
+        "report": report(model, None),
+        "report, MaxNorm": report(model, eqxreg.MaxNorm(BOUND, "unit")),
+        "report, SpectralCap": report(model, cap),
+        "report, SpectralCap, capped": report(capped, cap),
+        "report, SpectralCap, inside": report(model, eqxreg.SpectralCap(4 * BOUND)),
+    }
+
+
 def torch_maps(size: int) -> dict[str, Call]:
     kinds = ("copy", "max-norm", "weight norm", "spectral norm")
     return {kind: peers.torch_map(kind, size) for kind in kinds}

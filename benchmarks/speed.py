@@ -32,6 +32,7 @@ from cases import (
     model_steps,
     norm_maps,
     peer_steps,
+    report_calls,
     singular_maps,
     torch_maps,
 )
@@ -121,6 +122,13 @@ def groups(flags: Flags) -> Iterator[Group]:
             kinds = ("max-norm", "weight norm", "spectral norm")
             steps = ft.partial(peer_steps, peers.torch_step, kinds, batch)
             yield Group(f"PyTorch's MLP step, batch {batch}", steps)
+    # An epoch of 60,000 samples has 469 steps, and a report is to be 5 % of that.
+    names = ("report, SpectralCap", "report, SpectralCap, capped")
+    yield Group(
+        "report of the MLP, beside a step, batch 128",
+        ft.partial(report_calls, 128),
+        tuple((name, "step", 0.05 * 469) for name in names),
+    )
     yield Group(
         "LSTM step, 100 steps of time",
         ft.partial(model_steps, LSTM, (16, 100, 64)),

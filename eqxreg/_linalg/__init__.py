@@ -6,8 +6,8 @@ linear maps are. `_estimators` finds the largest singular value of one, `_certif
 finds it from a vector that may have been good once, and `_estimator_derivatives`
 differentiates what they find, as often as asked. What acts on all singular values is in
 `_polar`, `_cap` and `_nearest`; they share the iteration in `_newton_schulz` and the
-derivatives in `_spectral_derivatives`. `_convolution_norm` bounds a convolution as an
-operator.
+derivatives in `_spectral_derivatives`. `_excess` only measures how far they are above a
+bound. `_convolution_norm` bounds a convolution as an operator.
 """
 
 from ._axes import (
@@ -44,6 +44,10 @@ from ._estimators import (
     search as search,
     svd as svd,
 )
+from ._excess import (
+    Excess as Excess,
+    excess as excess,
+)
 from ._linear_map import (
     LinearIn as LinearIn,
     LinearMap as LinearMap,
@@ -60,6 +64,7 @@ from ._nearest import (
 )
 from ._newton_schulz import (
     Way as Way,
+    by_platform as by_platform,
     orthogonality_error as orthogonality_error,
     polished as polished,
 )

@@ -212,16 +212,28 @@ class Projection(Parametrization):
         nearest = check_kept(self, weight, self(weight))
         return frobenius_norm(widen(weight) - widen(nearest))
 
+    def _standing(
+        self, weight: Inexact[Array, "..."]
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The distance and the active share. A map that finds them together, and has no
+        need of the nearest point, says so here; of it there is no derivative."""
+        return self._wide_distance(weight), self._active(weight)
+
     def _active(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
         """The share of the units of `weight` that this map moves, or would move if they
         were longer or shorter by what rounding may do. Of a vector or a scalar, each
         entry is a unit."""
-        # A weight on the boundary may be short of it by the tolerance.
-        slack = 2 * tolerance(weight.dtype)
+        slack = boundary_slack(weight.dtype)
         wide = widen(weight)
         near = jnp.stack([wide * (1 + slack), wide * (1 - slack)]).astype(weight.dtype)
         moved = jax.vmap(self)(near) != near
         return share(jnp.any(moved, axis=(0, *range(2, near.ndim))), wide)
+
+
+def boundary_slack(dtype) -> float:
+    """How far from the boundary, relatively, a weight of this dtype may be and count as
+    on it: it may be short of it by the tolerance."""
+    return 2 * tolerance(dtype)
 
 
 def share(flags: Bool[Array, "..."], like: Inexact[Array, "..."]) -> Float[Array, ""]:

@@ -6,6 +6,7 @@ projection that is given.
 """
 
 import dataclasses
+import functools as ft
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,11 +14,18 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Inexact, PyTree
 
 from .._linalg import frobenius_norm, per_layer, widen
-from .._maps import Chain, Projection, check_projection, over_blocks, spectral_norm
+from .._maps import (
+    Chain,
+    Projection,
+    automatically_measured,
+    check_projection,
+    over_blocks,
+    spectral_norm,
+)
 from .._tree import Site, require_selection, sites, weights
 from .._values import opened
 from .._wrappers import Constraint, SpectralConstraint, on_stack
@@ -57,7 +65,12 @@ def metrics(
     all an [`eqxreg.Constraint`][] with an [`eqxreg.Projection`][] and, if there is a
     `projection`, those that are in no wrapper.
 
-    Weights of the same shape are measured together, on a copy of them.
+    Weights of the same shape are measured together, on a copy of them. Where large ones
+    are relative to [`eqxreg.SpectralCap`][] is known, on CPUs, from the singular values
+    that are above the bound, in half the time that LAPACK takes for all of them, and
+    from a few products where they are well inside. In single precision the distance is
+    then exact to about 1e-5 and, next to the set, to 2e-6 of the bound. Units that are
+    not zero count as active together, unless the weight falls into parts.
 
     **Arguments:**
 
@@ -174,20 +187,25 @@ def metrics_of(
         for origin, leaf in zip(origins, jax.tree.leaves(baked), strict=True)
         if origin.path in subjects
     ]
-    values = _singular_values(found)
+    values = _together(lambda layers: over_blocks(_singular_value, layers), found)
+    standings = _standings(projection, found)
     return {
         f"{subject.site.path}/{name}": number
         for (subject, weight), value in zip(found, values, strict=True)
-        for name, number in _numbers(subject, weight, value).items()
+        for name, number in _numbers(subject, weight, value, standings).items()
     }
 
 
 def _numbers(
-    subject: Subject, weight: Inexact[Array, "..."], value: Float[Array, "..."]
+    subject: Subject,
+    weight: Inexact[Array, "..."],
+    value: Float[Array, "..."],
+    standings: dict[str, tuple[Array, Array]],
 ) -> dict[str, Float[Array, "..."]]:
-    """The numbers of a weight, whose largest singular value is `value`."""
+    """The numbers of a weight, whose largest singular value is `value`. Where some are
+    relative to their sets is known by path."""
 
-    def each(fn: Callable, *arrays: Array) -> Array:
+    def each(fn: Callable, *arrays: Array) -> Any:
         return per_layer(fn, arrays[0], subject.rank, *arrays[1:])
 
     norm = each(frobenius_norm, weight)
@@ -197,8 +215,9 @@ def _numbers(
     if target is None:
         return found
     if not subject.is_wrapped:
-        distance = each(target._wide_distance, weight)
-        return {**found, "distance": distance, "active": each(target._active, weight)}
+        standing = standings.get(subject.site.path)
+        distance, active = standing or each(target._standing, weight)
+        return {**found, "distance": distance, "active": active}
     raw = jnp.asarray(subject.site.leaf)
     distance = each(lambda a, b: frobenius_norm(widen(a) - widen(b)), raw, weight)
     active = on_stack(lambda p, raw: p._active(raw), target, subject.rank, raw)
@@ -208,12 +227,29 @@ def _numbers(
     return {**found, "distance": distance, "active": active}
 
 
-def _singular_values(
-    found: list[tuple[Subject, Array]],
-) -> list[Float[Array, "..."]]:
-    """The largest singular values of weights. Those of the same shape are measured
-    together, for it takes a second to compile the loop that does it."""
-    values: dict[int, Array] = {}
+def _standings(
+    p: Projection | None, found: list[tuple[Subject, Array]]
+) -> dict[str, tuple[Array, Array]]:
+    """Where weights without wrappers are relative to the set, by path, if that takes
+    more than to apply the map."""
+    if p is None or type(p)._standing is Projection._standing:
+        return {}
+
+    def standing(layers: Array) -> tuple[Array, Array]:
+        # One after the other, so that each does no more than it has to.
+        return automatically_measured(lambda x: lax.map(p._standing, x), layers)
+
+    free = [(subject, weight) for subject, weight in found if not subject.is_wrapped]
+    paths = [subject.site.path for subject, _ in free]
+    return dict(zip(paths, _together(standing, free), strict=True))
+
+
+def _together(
+    fn: Callable[[Array], Any], found: list[tuple[Subject, Array]]
+) -> list[Any]:
+    """`fn`, of a stack of layers, of each weight. Those of the same shape are a stack,
+    for it takes a second to compile the loops that measure one."""
+    values: dict[int, Any] = {}
     groups: dict[Any, list[tuple[int, Array]]] = {}
     for i, (subject, weight) in enumerate(found):
         shape = weight.shape[weight.ndim - subject.rank :]
@@ -223,12 +259,18 @@ def _singular_values(
         kind = (shape, weight.dtype, jax.typeof(layers).sharding)
         groups.setdefault(kind, []).append((i, layers))
     for group in groups.values():
-        layers = jnp.concatenate([layers for _, layers in group])
-        ends = np.cumsum([len(layers) for _, layers in group])[:-1]
-        parts = jnp.split(over_blocks(_singular_value, layers), ends)
-        for (i, _), part in zip(group, parts, strict=True):
-            values[i] = part.reshape(found[i][0].stack)
+        made = fn(jnp.concatenate([layers for _, layers in group]))
+        begin = 0
+        for i, layers in group:
+            part = ft.partial(_part, begin, len(layers), found[i][0].stack)
+            values[i] = jax.tree.map(part, made)
+            begin += len(layers)
     return [values[i] for i in range(len(found))]
+
+
+def _part(begin: int, count: int, stack: tuple[int, ...], numbers: Array) -> Array:
+    """The numbers of some layers, in the shape of their stack."""
+    return lax.slice_in_dim(numbers, begin, begin + count).reshape(stack)
 
 
 def _singular_value(weight: Inexact[Array, "..."]) -> Float[Array, ""]:

@@ -111,6 +111,37 @@ def test_memory_traffic_of_a_step_of_a_layer(name):
     assert compiled.memory_analysis().temp_size_in_bytes <= 0.1 * BYTES
 
 
+# In a step, each instruction that writes something of the size of the weight. One more
+# is the update of plain SGD: a branch can be given nothing that is not in memory.
+WRITES = {
+    "plain": (optax.identity, ["dot", "fusion"]),
+    "project": (
+        lambda: eqxreg.project(eqxreg.MaxNorm(0.5, axis="unit"), every=10),
+        ["dot", "fusion", "fusion"],
+    ),
+}
+
+
+@counts_of_today
+@pytest.mark.parametrize("name", list(WRITES))
+def test_steps_between_projections_write_one_array_more(name):
+    after, expected = WRITES[name]
+    optimiser = optax.chain(optax.sgd(1e-3), after())
+
+    def step(params, state, x):
+        loss = lambda params: jnp.mean((x @ params["weight"].T) ** 2)
+        updates, state = optimiser.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"weight": jnp.ones((SIZE, SIZE))}
+    state = optimiser.init(params)
+    compiled = jax.jit(step).lower(params, state, jnp.ones((16, SIZE))).compile()
+    text = compiled.as_text()
+    written = rf"= f32\[{SIZE},{SIZE}\]\S* (dot|fusion|copy|custom-call)\("
+    assert sorted(re.findall(written, text[text.index("ENTRY") :])) == expected
+    assert " copy(" not in text
+
+
 def gradient_text(depth, scan, p):
     model = eqx.nn.MLP(8, 8, 8, depth, scan=scan, key=jax.random.key(0))
     model = model if p is None else eqxreg.constrain(model, p)
