@@ -1,5 +1,6 @@
 """The tables of the page on accelerators are made from what was measured."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -86,3 +87,72 @@ def test_the_script_runs_where_there_is_no_gpu(measured, page, tmp_path):
     text = measured.with_tables(page, output)
     assert "2 of 2 checks against float64" in text
     assert "| MaxNorm, unit |" in text
+
+
+@pytest.fixture
+def counted():
+    return loaded("docs/_counted.py")
+
+
+def test_the_page_has_what_compilers_count(counted, page):
+    assert len(counted.PLACE.findall(page)) == 12
+    text = counted.with_counts(page)
+    assert not counted.PLACE.search(text)
+    row = (
+        r"^\| MaxNorm, unit, only multiplies \| bfloat16 \| 256 \| 0\.\d+ \| 1\.10 \|$"
+    )
+    assert re.search(row, text, re.M)
+    # Both dtypes with both batches on one chip and a GPU, and one dtype on four chips.
+    plain = re.findall(r"^\| unconstrained \|", text, re.M)
+    assert len(plain) == 10
+
+
+def test_what_was_not_counted_is_no_empty_table(counted):
+    with pytest.raises(ValueError, match="Nothing was counted"):
+        counted.with_counts("<!-- counted: one chip, float64, 256 -->")
+    assert counted.with_counts("# A page\n") == "# A page\n"
+
+
+def numbers(name):
+    path = ROOT / "docs" / "data" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_steps_on_tpus_keep_their_limits():
+    limits = numbers("tpu")["limits"]
+    assert len(limits) == 26
+    for limit in limits:
+        assert limit["ratio"] <= limit["limit"], limit
+
+
+# How many kernels a norm of units adds to the forward pass and to the step, and how
+# many times the bytes it moves, by batch.
+KERNELS = {
+    "MaxNorm, unit": (2, 6, {256: 2.0, 4096: 2.05}),
+    "MaxNorm, unit, only multiplies": (2, 6, {256: 2.0, 4096: 2.05}),
+    "MaxNorm, unit, own module": (3, 6, {256: 2.95, 4096: 1.85}),
+}
+
+
+@pytest.mark.parametrize("variant", list(KERNELS))
+def test_steps_on_a_gpu_keep_their_limits(variant):
+    forward, step, bytes_of = KERNELS[variant]
+    kernels = {
+        (k["dtype"], k["batch"], k["variant"]): k for k in numbers("h100")["kernels"]
+    }
+    for dtype in ("float32", "bfloat16"):
+        for batch, ratio in bytes_of.items():
+            k = kernels[dtype, batch, variant]
+            base = kernels[dtype, batch, "unconstrained"]
+            assert sum(k["forward"].values()) - sum(base["forward"].values()) <= forward
+            assert sum(k["step"].values()) - sum(base["step"].values()) <= step
+            assert k["bytes"] <= ratio * base["bytes"]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs the compiler for TPUs, as `make bench-tpu` installs it",
+)
+def test_the_compiler_for_tpus_keeps_them_today():
+    command = [sys.executable, "benchmarks/accelerators.py", "--no-lowering"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
