@@ -306,10 +306,14 @@ def compile_sizes(depth: int) -> Iterator[dict[str, Any]]:
     p = eqxreg.MaxNorm(BOUND, axis="unit")
     for scan in (False, True):
         model = eqx.nn.MLP(64, 64, 64, depth, scan=scan, key=jax.random.key(0))
-        for name, network in (
-            ("unconstrained", model),
-            ("constrained", eqxreg.constrain(model, p)),
-        ):
+        networks = {
+            "unconstrained": model,
+            "constrained": eqxreg.constrain(model, p),
+        }
+        if not scan:
+            snippets = tuple(peers.Snippet(layer, BOUND, 1) for layer in model.layers)
+            networks["snippet"] = eqx.tree_at(lambda m: m.layers, model, snippets)
+        for name, network in networks.items():
             params, static = eqx.partition(network, eqx.is_inexact_array)
 
             def loss(params, x, static=static):
