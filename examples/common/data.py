@@ -53,6 +53,16 @@ class Images:
         }
 
 
+def with_random_labels(images: Images, share: float, seed: int) -> Images:
+    """The same images, with a share of the training labels drawn anew at random: one in
+    ten of these is right all the same. Test labels stay."""
+    rng = np.random.default_rng(seed)
+    labels = images.train_labels.copy()
+    chosen = rng.permutation(len(labels))[: round(share * len(labels))]
+    labels[chosen] = rng.integers(CLASSES, size=len(chosen), dtype=labels.dtype)
+    return dataclasses.replace(images, train_labels=labels)
+
+
 def load(source: str, split_seed: int) -> Images:
     """The data that `--data` names: `digits`, or a directory of four IDX files."""
     return digits(split_seed) if source == "digits" else idx_directory(Path(source))

@@ -48,6 +48,10 @@ class Flags:
     # Flags that may differ between a run and its resumption.
     FREE: ClassVar[frozenset[str]] = frozenset({"out", "quick", "resume"})
 
+    def implied(self) -> Mapping[str, Any]:
+        """Other defaults of flags, because of what was given for these."""
+        return {}
+
     def check(self) -> None:
         """Raises a `Failure` that names the first flag whose value makes no sense."""
 
@@ -119,17 +123,22 @@ def main(
 
 def parse(kind: type[F], arguments: Sequence[str]) -> F:
     """The flags on a command line; wrong ones are a `Failure` with exit code 2."""
-    # `--quick` changes defaults, so that what is given explicitly still wins.
-    default = kind(**(kind.QUICK if "--quick" in arguments else {}))
+    quick = kind.QUICK if "--quick" in arguments else {}
+
+    def parsed(**defaults: Any) -> F:
+        return tyro.cli(
+            kind,
+            args=list(arguments),
+            default=kind(**{**defaults, **quick}),
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            flags = tyro.cli(
-                kind,
-                args=list(arguments),
-                default=default,
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
+            # Only defaults change, so that what is given explicitly still wins.
+            flags = parsed()
+            flags = parsed(**flags.implied())
     except SystemExit as stop:
         if not stop.code:  # It was `--help`.
             raise

@@ -108,8 +108,9 @@ class Curve:
     unit_norms: NDArray[np.float64]
 
 
-def figure(title: str, curves: Sequence[Curve], bound: float) -> bytes:
-    """A PNG, 1200 by 500: accuracy by epoch, and unit norms against the bound."""
+def figure(title: str, curves: Sequence[Curve], bound: float, note: str = "") -> bytes:
+    """A PNG, 1200 by 500: accuracy by epoch, and unit norms against the bound. Under
+    them is a note, for whoever looks at nothing else."""
     style: dict[Any, Any] = {
         "font.size": 11,
         "axes.spines.top": False,
@@ -122,6 +123,7 @@ def figure(title: str, curves: Sequence[Curve], bound: float) -> bytes:
             1, 2, figsize=(12, 5), width_ratios=(1.0, 1.05), layout="constrained"
         )
         canvas.suptitle(title, x=0.012, ha="left", fontsize=11, color="0.35")
+        canvas.supxlabel(note, x=0.012, ha="left", fontsize=12, weight="bold")
         _accuracy_panel(left, curves)
         _norm_panel(right, curves, bound)
         png = io.BytesIO()
@@ -149,7 +151,8 @@ def _accuracy_panel(axes: Axes, curves: Sequence[Curve]) -> None:
     axes.set(title="Test accuracy, %", xlabel="epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="0.9")
-    axes.legend(loc="lower right", frameon=False)
+    # Where curves neither rise nor fall.
+    axes.legend(loc="lower left", bbox_to_anchor=(0.06, 0), fontsize=10, frameon=False)
 
 
 def _norm_panel(axes: Axes, curves: Sequence[Curve], bound: float) -> None:
@@ -158,8 +161,9 @@ def _norm_panel(axes: Axes, curves: Sequence[Curve], bound: float) -> None:
     largest = max([bound, *(norms.max(initial=0) for norms in finite)])
     # The bound is an edge, so that no bar crosses it. It belongs to the bar below it.
     # What lies far out, as when training diverges, is left out of the picture.
-    bars = int(min(np.ceil(52 * largest / bound), 500))
-    edges = np.arange(bars + 1) * bound / 50 * (1 + 1e-9)
+    below = int(np.clip(60 * bound / largest, 1, 50))
+    bars = int(min(np.ceil((below + 1) * largest / bound), 500))
+    edges = np.arange(bars + 1) * bound / below * (1 + 1e-9)
     rows = np.arange(len(curves))[::-1]
     for row, norms, colour in zip(rows, finite, COLOURS, strict=False):
         counts, _ = np.histogram(norms, edges)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from common import data, report
 from common.checkpoint import Checkpoint
+from common.run import parse
 from trainer import (
     assert_one_line,
     largest_file,
@@ -117,6 +118,48 @@ def test_numpy_finds_the_reported_accuracy_in_the_checkpoint(
     assert results["test_accuracy"]["seeds"] == pytest.approx(accuracy.tolist())
 
 
+def test_true_labels_imply_other_defaults_and_what_is_given_wins():
+    noisy, clean, quick = (
+        parse(digits.DigitsFlags, flags)
+        for flags in (
+            [],
+            ["--label-noise", "0", "--max-norm", "2"],
+            ["--label-noise", "0", "--quick"],
+        )
+    )
+    assert (noisy.label_noise, noisy.dropout, noisy.epochs) == (0.4, 0, 60)
+    assert (clean.dropout, clean.epochs, clean.max_norm) == (0.5, 24, 2)
+    assert (quick.dropout, quick.epochs, quick.max_norm) == (0.5, 3, 1)
+
+
+def test_a_share_of_the_training_labels_is_drawn_at_random():
+    images = data.digits(split_seed=0)
+    same, again, noisy, all_of_them = (
+        data.with_random_labels(images, share, seed=0) for share in (0, 0.4, 0.4, 1)
+    )
+    wrong = lambda some: np.mean(some.train_labels != images.train_labels)
+    assert wrong(same) == 0
+    # One in ten of those that are drawn is right.
+    assert wrong(noisy) == pytest.approx(0.36, abs=0.02)
+    assert wrong(all_of_them) == pytest.approx(0.9, abs=0.03)
+    np.testing.assert_array_equal(noisy.train_labels, again.train_labels)
+    for some in (noisy, all_of_them):
+        assert some.test_labels is images.test_labels
+        assert some.train_images is images.train_images
+        assert set(some.train_labels) == set(range(10))
+
+
+def test_the_note_is_of_the_best_epoch_and_of_the_last_five():
+    accuracy = lambda *rows: {"test_accuracy": np.array(rows)[:, None]}
+    free = accuracy(0.2, 0.9, 0.5, 0.6, 0.7, 0.6, 0.6)
+    histories = {"none": free, "forward": accuracy(*[0.8] * 7)}
+    assert digits.note(histories) == (
+        "Unconstrained: 90 % at best, 60 % in the end. "
+        "With max-norm: 80 % at best, 80 % in the end."
+    )
+    assert digits.note({"none": free}) == ""
+
+
 def test_all_methods_begin_with_the_same_weights():
     flags = digits.DigitsFlags(seeds=2, width=8, depth=1)
     images = data.digits(split_seed=0)
@@ -195,7 +238,8 @@ def test_resuming_a_run_that_is_done_changes_nothing(finished: Path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--dropout", 0.4), "dropout is 0.4 now, but was 0.5"),
+        (("--dropout", 0.4), "dropout is 0.4 now, but was 0.0"),
+        (("--label-noise", 0.1), "label_noise is 0.1 now, but was 0.4"),
         (("--width", 32), "width is 32 now, but was 64"),
         (("--methods", "none"), "methods is ['none'] now"),
         (("--split-seed", 1), "split_seed is 1 now, but was 0"),
@@ -243,6 +287,7 @@ def test_a_damaged_checkpoint_is_one_clear_line(
         (("--methods", "none", "some"), "invalid choice 'some'"),
         (("--methods", "none", "none"), "--methods must be named once each"),
         (("--dropout", 1.0), "--dropout must be at least 0 and below 1, got 1.0"),
+        (("--label-noise", 1.5), "--label-noise must be at least 0 and at most 1"),
         (("--max-norm", "nan"), "--max-norm must be positive and finite, got nan"),
         (("--learning-rate", "inf"), "--learning-rate must be positive and finite"),
         (("--batch-size", 5000), "--batch-size must be at most 1347"),
