@@ -40,7 +40,8 @@ def bake(model: _Model, state: eqx.nn.State | None = None) -> _Model:
     **Returns:**
 
     The model in its original types, with constrained weights. A model without wrappers
-    comes back equal.
+    comes back equal. Its layers are called as plain ones are: without a state, unless
+    they had one before they were wrapped.
 
     **Raises:**
 
@@ -52,8 +53,9 @@ def bake(model: _Model, state: eqx.nn.State | None = None) -> _Model:
             if needs_state(node) and state is None:
                 place = f"`{jtu.keystr(entries)}`" if entries else "The model"
                 raise ValueError(
-                    f"{place} is a stateful {type(node).__name__}: give "
-                    "`bake(model, state)` the model's `eqx.nn.State`."
+                    f"{place} is a stateful {type(node).__name__}, whose weight "
+                    "depends on the model's `eqx.nn.State`. Give it, as in "
+                    "`bake(model, state)` or `report(model, state=state)`."
                 )
             node, _ = evaluate(node, state, True)
         return map_children(visit, node, entries)

@@ -77,6 +77,11 @@ def chosen_leaves(where: Any, tree: PyTree) -> list[bool]:
             f"that path or below it write `eqxreg.weights.under({where!r})`, and "
             f"`eqxreg.trainable.under({where!r})` for all arrays there."
         )
+    if isinstance(where, eqx.nn.State):
+        raise TypeError(
+            "Which weights is said by a selector, and not by an `eqx.nn.State`. Give "
+            "the state by its name: `state=state`."
+        )
     if not is_mask and _is_of_numbers(where):
         raise TypeError(
             "A tree that says which weights must be one of booleans, and this one has "

@@ -280,6 +280,10 @@ TYPE_ERRORS = {
         lambda: eqxreg.trainables(LINEAR, "weight"),
         "said by a selector.*'weight'",
     ),
+    "a state for a selector": (
+        lambda: eqxreg.report(LINEAR, eqx.nn.State(LINEAR)),
+        "not by an `eqx.nn.State`.*`state=state`",
+    ),
     "scheduled penalty": (
         lambda: eqxreg.l2_penalty(LINEAR, optax.constant_schedule(1.0)),
         "steps are not counted here",
@@ -337,6 +341,8 @@ def test_a_stateful_wrapper_asks_for_its_state():
         layer(jnp.ones(4))
     with pytest.raises(ValueError, match=r"The model is a stateful.*bake\(model"):
         eqxreg.bake(layer)
+    with pytest.raises(ValueError, match=r"report\(model, state=state\)"):
+        eqxreg.report(layer)
 
 
 def test_user_subclasses_must_say_how_to_map_and_to_invert():
