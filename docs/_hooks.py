@@ -2,8 +2,8 @@
 
 Three pages are files at the root of the repository, with their links made to fit; the
 picture of the rooms is drawn from the imports; what was measured and counted for
-accelerators becomes tables; and formulas become MathML here, so that a reader's browser
-runs no script for them.
+accelerators, and what trainers have found, becomes tables; and formulas become MathML
+here, so that a reader's browser runs no script for them.
 """
 
 import re
@@ -18,6 +18,7 @@ from mkdocs.structure.files import File
 # MkDocs loads this file by its path.
 sys.path.append(str(Path(__file__).parent))
 from _counted import with_counts
+from _gallery import with_results
 from _measured import with_tables
 from _rooms import draw
 
@@ -54,7 +55,7 @@ def _retarget(path: str, repository: str) -> str:
 
 
 def on_page_markdown(markdown, **_):
-    return with_counts(with_tables(markdown))
+    return with_results(with_counts(with_tables(markdown)))
 
 
 def on_page_content(html, **_):

@@ -65,7 +65,7 @@ def table(title: str, results: Mapping[str, Mapping[str, Any]], out: Path) -> No
     rows = [
         (
             result["label"],
-            _plus_minus(result["test_accuracy"], 100),
+            plus_minus(result["test_accuracy"], 100),
             f"{result['largest_unit_norm']['largest']:.4f}",
             f"{result['distance_to_set']['mean']:.2g}",
             f"{result['seconds']['training']:.1f}",
@@ -90,11 +90,11 @@ def print_rows(
     console.print(note, soft_wrap=True)
 
 
-def _plus_minus(metric: Mapping[str, Any], scale: float) -> str:
+def plus_minus(metric: Mapping[str, Any], scale: float, digits: int = 2) -> str:
     """Mean ± standard error, or the mean alone if there is one seed."""
     mean, error = metric["mean"], metric["standard_error"]
-    text = f"{scale * mean:.2f}"
-    return text if error is None else f"{text} ± {scale * error:.2f}"
+    text = f"{scale * mean:.{digits}f}"
+    return text if error is None else f"{text} ± {scale * error:.{digits}f}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +109,21 @@ class Curve:
 
 
 def figure(title: str, curves: Sequence[Curve], bound: float, note: str = "") -> bytes:
-    """A PNG, 1200 by 500: accuracy by epoch, and unit norms against the bound. Under
-    them is a note, for whoever looks at nothing else."""
+    """A PNG: accuracy by epoch, and unit norms against the bound."""
+    accuracy = {curve.label: 100 * curve.accuracy for curve in curves}
+    return drawn(
+        title,
+        note,
+        lambda axes: _accuracy_panel(axes, accuracy),
+        lambda axes: _norm_panel(axes, curves, bound),
+    )
+
+
+def drawn(
+    title: str, note: str, left: Callable[[Axes], None], right: Callable[[Axes], None]
+) -> bytes:
+    """A PNG, 1200 by 500, of two panels. Under them is a note, for whoever looks at
+    nothing else."""
     style: dict[Any, Any] = {
         "font.size": 11,
         "axes.spines.top": False,
@@ -119,38 +132,43 @@ def figure(title: str, curves: Sequence[Curve], bound: float, note: str = "") ->
         "axes.titleweight": "bold",
     }
     with plt.rc_context(style):
-        canvas, (left, right) = plt.subplots(
+        canvas, panels = plt.subplots(
             1, 2, figsize=(12, 5), width_ratios=(1.0, 1.05), layout="constrained"
         )
         canvas.suptitle(title, x=0.012, ha="left", fontsize=11, color="0.35")
         canvas.supxlabel(note, x=0.012, ha="left", fontsize=12, weight="bold")
-        _accuracy_panel(left, curves)
-        _norm_panel(right, curves, bound)
+        for draw, axes in zip((left, right), panels, strict=True):
+            draw(axes)
         png = io.BytesIO()
         canvas.savefig(png, format="png", dpi=100)
         plt.close(canvas)
     return png.getvalue()
 
 
-def _accuracy_panel(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Mean test accuracy by epoch, with a band of one standard error."""
-    floor = 100.0
-    for curve, colour in zip(curves, COLOURS, strict=False):
-        percent = 100 * curve.accuracy
-        epochs, seeds = percent.shape
-        epoch, mean = np.arange(1, epochs + 1), percent.mean(axis=1)
-        axes.plot(epoch, mean, color=colour, lw=1.8, label=curve.label)
+def mean_curves(axes: Axes, curves: Mapping[str, NDArray[np.float64]]) -> None:
+    """Means by epoch of numbers with a row for each epoch and a column for each seed,
+    with a band of one standard error."""
+    for (label, numbers), colour in zip(curves.items(), COLOURS, strict=False):
+        epochs, seeds = numbers.shape
+        epoch, mean = np.arange(1, epochs + 1), numbers.mean(axis=1)
+        axes.plot(epoch, mean, color=colour, lw=1.8, label=label)
         if seeds > 1:
-            error = percent.std(axis=1, ddof=1) / np.sqrt(seeds)
+            error = numbers.std(axis=1, ddof=1) / np.sqrt(seeds)
             axes.fill_between(
                 epoch, mean - error, mean + error, color=colour, alpha=0.15, lw=0
             )
-        # The first epochs would squeeze the part that is of interest.
-        floor = min(floor, np.nan_to_num(mean)[epochs // 8 :].min())
-    axes.set_ylim(floor - 0.5, min(100.0, axes.get_ylim()[1]))
-    axes.set(title="Test accuracy, %", xlabel="epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="0.9")
+
+
+def _accuracy_panel(axes: Axes, curves: Mapping[str, NDArray[np.float64]]) -> None:
+    """Test accuracy by epoch, in per cent."""
+    mean_curves(axes, curves)
+    # The first epochs would squeeze the part that is of interest.
+    means = [np.nan_to_num(percent.mean(axis=1)) for percent in curves.values()]
+    floor = min(mean[len(mean) // 8 :].min() for mean in means)
+    axes.set_ylim(floor - 0.5, min(100.0, axes.get_ylim()[1]))
+    axes.set(title="Test accuracy, %", xlabel="epoch")
     # Where curves neither rise nor fall.
     axes.legend(loc="lower left", bbox_to_anchor=(0.06, 0), fontsize=10, frameon=False)
 

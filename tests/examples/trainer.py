@@ -6,7 +6,7 @@ import io
 import json
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +26,17 @@ class Outcome(NamedTuple):
 
 def run(*arguments: object) -> Outcome:
     """Runs `examples/digits.py` with these arguments."""
+    return run_of(digits.DigitsFlags, digits.train, *arguments)
+
+
+def run_of(kind: type, train: Callable, *arguments: object) -> Outcome:
+    """Runs the trainer with these flags, with these arguments."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["digits.py", *map(str, arguments)])
+        patch.setattr(sys, "argv", ["trainer.py", *map(str, arguments)])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             with pytest.raises(SystemExit) as caught:
-                main(digits.DigitsFlags, digits.train)
+                main(kind, train)
     return Outcome(caught.value.code or 0, out.getvalue(), err.getvalue())
 
 
