@@ -45,7 +45,6 @@ from ._estimators import (
     svd as svd,
 )
 from ._excess import (
-    Excess as Excess,
     excess as excess,
 )
 from ._linear_map import (
@@ -75,7 +74,6 @@ from ._norms import (
     squared_magnitude as squared_magnitude,
 )
 from ._platforms import (
-    on_gpu as on_gpu,
     on_tpu as on_tpu,
 )
 from ._polar import (

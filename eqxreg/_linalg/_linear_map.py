@@ -66,7 +66,7 @@ def of_matrix(matrix: Inexact[Array, "m n"]) -> LinearMap:
         would write a wider copy; a small one does not leave the cache."""
 
         def by_sum(matrix, v):
-            matrix, v = read_again(matrix, jnp.expand_dims(v, 1 - summed))
+            matrix, v = read_again((matrix, jnp.expand_dims(v, 1 - summed)))
             return jnp.sum(widen(matrix) * v, axis=summed)
 
         by_product = lambda matrix, v: fn(widen(matrix), v)

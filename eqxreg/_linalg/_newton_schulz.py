@@ -24,6 +24,7 @@ from jax import lax
 from jaxtyping import Array, Float, Inexact
 
 from ._norms import squared_magnitude
+from ._platforms import on_cpu
 from ._precision import real_dtype
 from ._products import Matrices, eye_like, gram_of, matmul
 
@@ -37,7 +38,7 @@ def by_platform(method: Way | None, factorisation: Callable, products: Callable,
     ways = {"factorisation": factorisation, "products": products}
     if method is not None:
         return ways[method](*args)
-    return lax.platform_dependent(*args, cpu=factorisation, default=products)
+    return on_cpu(factorisation, products, *args)
 
 
 def normal_range(matrices: Matrices) -> tuple[Matrices, Float[Array, "blocks 1 1"]]:

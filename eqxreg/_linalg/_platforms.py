@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from jax import lax
-from jaxtyping import Array
 
 
 def on_gpu(fn: Callable, elsewhere: Callable, *args: Any) -> Any:
@@ -26,11 +25,8 @@ def on_cpu(fn: Callable, elsewhere: Callable, *args: Any) -> Any:
     return lax.platform_dependent(*args, cpu=fn, default=elsewhere)
 
 
-def read_again(x: Array, *others: Any) -> Any:
-    """The arguments, so that what is made of `x` is made for the use with the others
-    alone: for two uses, XLA would write a wider copy of it to memory."""
-    return (
-        lax.optimization_barrier((x, *others))
-        if others
-        else lax.optimization_barrier(x)
-    )
+def read_again(arrays: Any) -> Any:
+    """An array, or a tuple of one and what it is used with, so that what is made of it
+    is made for this use alone: for two uses, XLA would write a wider copy of it to
+    memory."""
+    return lax.optimization_barrier(arrays)

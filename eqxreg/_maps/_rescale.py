@@ -199,9 +199,9 @@ def _along(plan, axes, made: _Made, primals, tangents) -> Float[Array, "..."]:
     # the transpose, written to memory.
     size = jnp.where(made.plan.moves, made.plan.target, norms.norm / norms.scale)
     # A target is zero only where a relative bound is.
-    inverse = 1 / jnp.where(size > 0, size, 1)
+    size = jnp.where(size > 0, size, 1)
     inner = jnp.real(jnp.conj(made.result) * widen(tangent))
-    norm_tangent = jnp.sum(inner, axis=axes, keepdims=True) * inverse
+    norm_tangent = jnp.sum(inner, axis=axes, keepdims=True) / size
 
     def target(norm, *bounds):
         again = plan(Norms(norm, norms.scale), weight.dtype, *bounds)
@@ -212,7 +212,7 @@ def _along(plan, axes, made: _Made, primals, tangents) -> Float[Array, "..."]:
         (norms.norm, *bounds),
         (norm_tangent * norms.scale, *bound_tangents),
     )[1]
-    change = (target_tangent - made.slope * norm_tangent) * inverse
+    change = (target_tangent - made.slope * norm_tangent) / size
     return jnp.where(made.plan.bends, change, 0)
 
 
