@@ -13,6 +13,7 @@ import peers
 from cases import row_maps, warm_step, wrapper_of
 from jaxtyping import Array, PRNGKeyArray
 from networks import RATE, is_stateful
+from steps import Own
 from timing import Call
 
 
@@ -103,16 +104,6 @@ def steps(size: int, batch: int, dtype: str) -> dict[str, Call]:
             lambda t: eqx.nn.SpectralNorm(t, "weight", key=key)
         )
     return calls
-
-
-class Own(eqx.Module):
-    """A linear layer as people write it."""
-
-    weight: Array
-    bias: Array
-
-    def __call__(self, x: Array) -> Array:
-        return jnp.einsum("oi,i->o", self.weight, x) + self.bias
 
 
 class OwnAttention(eqx.Module):

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from networks import RATE, is_stateful
 
 
 SIZE = 4096
 BATCHES = (256, 4096)
-RATE = 1e-3
 BOUND = 1.0
 
 Role: TypeAlias = Literal["weight", "data", "other"]
@@ -127,7 +127,7 @@ def make_step(
         return model, state, optimiser.init(eqx.filter(model, eqx.is_inexact_array))
 
     def loss(model, state, x, y):
-        if isinstance(model, eqx.nn.StatefulLayer) and model.is_stateful():
+        if is_stateful(model):
             axes = (0, None)
             out, state = jax.vmap(model, in_axes=axes, out_axes=axes)(x, state)
         else:
