@@ -29,7 +29,7 @@ import jax.random as jr
 import numpy as np
 import optax
 from common import report, show
-from common.arm import Arm, Batch, Method, Planner
+from common.arm import Arm, Batch, Method, Planner, seed_keys
 from common.checkpoint import Checkpoint
 from common.data import CLASSES, Images, load, with_random_labels
 from common.loop import History, fit
@@ -99,9 +99,6 @@ class DigitsFlags(ComparisonFlags):
 
     def check(self) -> None:
         super().check()
-        self.require("methods", len(self.methods) > 0, "at least one")
-        different = len(set(self.methods)) == len(self.methods)
-        self.require("methods", different, "named once each")
         for name in ("width", "depth", "batch_size", "project_every"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
         share = 0 <= self.label_noise <= 1
@@ -201,8 +198,7 @@ def make_arms(
     flags: DigitsFlags, images: Images, methods: dict[Name, Method]
 ) -> list[Arm]:
     """The chosen methods, all with the same first weights."""
-    # Two keys per seed: for these weights, and for all that is drawn in training.
-    keys = jax.vmap(lambda seed: jr.split(jr.key(seed)))(jnp.arange(flags.seeds))
+    first, training = seed_keys(flags.seeds)
 
     def new_model(key: Key[Array, ""]) -> DropoutMLP:
         return DropoutMLP(
@@ -215,9 +211,9 @@ def make_arms(
             key=key,
         )
 
-    models = eqx.filter_jit(eqx.filter_vmap(new_model))(keys[:, 0])
+    models = eqx.filter_jit(eqx.filter_vmap(new_model))(first)
     data = (jnp.asarray(images.train_images), jnp.asarray(images.train_labels))
-    planner = Planner(keys[:, 1], len(images.train_labels), flags.batch_size)
+    planner = Planner(training, len(images.train_labels), flags.batch_size)
     return [
         Arm(name, methods[name], models, loss, data=data, planner=planner)
         for name in flags.methods

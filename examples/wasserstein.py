@@ -36,7 +36,7 @@ import jax.random as jr
 import numpy as np
 import optax
 from common import report, show
-from common.arm import Arm, Batch, Method, Planner
+from common.arm import Arm, Batch, Method, Planner, seed_keys
 from common.checkpoint import Checkpoint
 from common.loop import History, fit
 from common.run import ComparisonFlags, main, output_directory
@@ -90,9 +90,6 @@ class WassersteinFlags(ComparisonFlags):
     def check(self) -> None:
         super().check()
         self.require("data", self.data == "sphere", "`sphere`")
-        self.require("methods", len(self.methods) > 0, "at least one")
-        different = len(set(self.methods)) == len(self.methods)
-        self.require("methods", different, "named once each")
         for name in ("dimension", "points", "depth", "batch_size"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
         even = self.width >= 2 and self.width % 2 == 0
@@ -156,14 +153,14 @@ def values(model: Any, points: Array) -> Array:
 
 def make_arms(flags: WassersteinFlags, points: Array) -> list[Arm]:
     """The chosen activations, all with the same first weights."""
-    keys = jax.vmap(lambda seed: jr.split(jr.key(seed)))(jnp.arange(flags.seeds))
-    planner = Planner(keys[:, 1], len(points), flags.batch_size)
+    first, training = seed_keys(flags.seeds)
+    planner = Planner(training, len(points), flags.batch_size)
     steps = flags.epochs * (flags.points // flags.batch_size)
     schedule = optax.cosine_decay_schedule(flags.learning_rate, steps)
 
     def arm(name: Name) -> Arm:
         new = eqx.filter_vmap(lambda key: network(name, flags, key))
-        models = eqx.filter_jit(new)(keys[:, 0])
+        models = eqx.filter_jit(new)(first)
         method = Method(LABELS[name], optax.adam(schedule))
         return Arm(name, method, models, loss, data=points, planner=planner)
 

@@ -126,6 +126,13 @@ def scan_epoch(
     return state, losses.mean()
 
 
+def seed_keys(seeds: int) -> tuple[Key[Array, " seeds"], Key[Array, " seeds"]]:
+    """Two keys per seed: for the first weights, and for all that is drawn in training.
+    They are the same for all arms."""
+    keys = jax.vmap(lambda seed: jr.split(jr.key(seed)))(jnp.arange(seeds))
+    return keys[:, 0], keys[:, 1]
+
+
 class Arm:
     """A method, applied to a model and a loss, for several seeds at once.
 

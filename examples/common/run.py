@@ -75,6 +75,8 @@ class ComparisonFlags(Flags):
 
     data: str = "digits"
     """`digits`, or a directory with the four files of MNIST or Fashion-MNIST."""
+    methods: tuple[str, ...] = ()
+    """What is compared, in the order of the table."""
     seeds: int = 5
     """Number of seeds, all trained at once."""
     epochs: int = 24
@@ -87,6 +89,9 @@ class ComparisonFlags(Flags):
 
     def check(self) -> None:
         super().check()
+        self.require("methods", len(self.methods) > 0, "at least one")
+        different = len(set(self.methods)) == len(self.methods)
+        self.require("methods", different, "named once each")
         for name in ("seeds", "epochs", "save_every"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
 
