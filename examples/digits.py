@@ -29,7 +29,7 @@ import jax.random as jr
 import numpy as np
 import optax
 from common import report, show
-from common.arm import Arm, Batch, Method, Planner, seed_keys
+from common.arm import Arm, Batch, Method, Planner, seed_keys, supervised
 from common.checkpoint import Checkpoint
 from common.data import CLASSES, Images, load, with_random_labels
 from common.loop import History, fit
@@ -215,7 +215,7 @@ def make_arms(
     data = (jnp.asarray(images.train_images), jnp.asarray(images.train_labels))
     planner = Planner(training, len(images.train_labels), flags.batch_size)
     return [
-        Arm(name, methods[name], models, loss, data=data, planner=planner)
+        supervised(name, methods[name], models, loss, data=data, planner=planner)
         for name in flags.methods
     ]
 

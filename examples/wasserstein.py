@@ -36,7 +36,7 @@ import jax.random as jr
 import numpy as np
 import optax
 from common import report, show
-from common.arm import Arm, Batch, Method, Planner, seed_keys
+from common.arm import Arm, Batch, Method, Planner, seed_keys, supervised
 from common.checkpoint import Checkpoint
 from common.loop import History, fit
 from common.run import ComparisonFlags, main, output_directory
@@ -162,7 +162,7 @@ def make_arms(flags: WassersteinFlags, points: Array) -> list[Arm]:
         new = eqx.filter_vmap(lambda key: network(name, flags, key))
         models = eqx.filter_jit(new)(first)
         method = Method(LABELS[name], optax.adam(schedule))
-        return Arm(name, method, models, loss, data=points, planner=planner)
+        return supervised(name, method, models, loss, data=points, planner=planner)
 
     return [arm(name) for name in flags.methods]
 

@@ -33,9 +33,8 @@ class State(NamedTuple):
 
 
 Batch: TypeAlias = PyTree[Array]
-Step: TypeAlias = Callable[
-    [State, Batch, Key[Array, ""]], tuple[State, Float[Array, ""]]
-]
+# Of one seed: the state may be any tree of arrays.
+Step: TypeAlias = Callable[[Any, Batch, Key[Array, ""]], tuple[Any, Float[Array, ""]]]
 Loss: TypeAlias = Callable[[Any, Batch, Key[Array, ""]], Float[Array, ""]]
 
 
@@ -114,11 +113,14 @@ def gradient_step(
 
 
 def scan_epoch(
-    step: Step, state: State, data: Batch, plan: Plan
-) -> tuple[State, Float[Array, ""]]:
+    step: Step,
+    state: Any,
+    data: Batch,
+    plan: Plan,
+) -> tuple[Any, Float[Array, ""]]:
     """One pass through the data, for one seed: the new state, and the mean loss."""
 
-    def body(state: State, planned: Plan) -> tuple[State, Float[Array, ""]]:
+    def body(state: Any, planned: Plan) -> tuple[Any, Float[Array, ""]]:
         batch = jax.tree.map(lambda array: array[planned.rows], data)
         return step(state, batch, planned.key)
 
@@ -134,14 +136,18 @@ def seed_keys(seeds: int) -> tuple[Key[Array, " seeds"], Key[Array, " seeds"]]:
 
 
 class Arm:
-    """A method, applied to a model and a loss, for several seeds at once.
+    """A step of training with all that it needs, for several seeds at once.
+
+    Most arms are made by `supervised`. One with another state, as of two networks,
+    brings its own.
 
     **Arguments:**
 
     - `name`: under which its results are kept.
-    - `method`: see `Method`.
-    - `models`: the untrained models, as one whose arrays have the seeds as first axis.
-    - `loss`: `(model, batch, key) -> scalar`, without the method's penalty.
+    - `label`: what people read.
+    - `start`: the first state. Every array has the seeds as first axis.
+    - `step`: `(state, batch, key) -> (state, loss)`, for one seed.
+    - `finish`: `state -> model`, for one seed: what is evaluated.
     - `data`: the arrays to train on, examples first.
     - `planner`: what to do in which epoch, shared by all arms.
     """
@@ -149,29 +155,24 @@ class Arm:
     def __init__(
         self,
         name: str,
-        method: Method,
-        models: Any,
-        loss: Loss,
+        label: str,
         *,
+        start: Any,
+        step: Step,
+        finish: Callable[[Any], Any],
         data: Batch,
         planner: Planner,
     ):
-        self.name, self.label, self.compile_seconds = name, method.label, 0.0
+        self.name, self.label, self.compile_seconds = name, label, 0.0
         self._data, self._planner = data, planner
-        wrapped = eqx.filter_vmap(method.wrap)(models)
-        params, static = eqx.partition(wrapped, eqx.is_inexact_array)
         # A copy, since an epoch uses up its state and the arms share their beginning.
-        params = jax.tree.map(jnp.copy, params)
-        self.start = State(params, jax.jit(jax.vmap(method.optimiser.init))(params))
-        step = gradient_step(loss, method.penalty, static, method.optimiser)
+        self.start = jax.tree.map(jnp.copy, start)
         self._program = jax.jit(
             jax.vmap(functools.partial(scan_epoch, step), in_axes=(0, None, 0)),
             donate_argnums=0,
         )
-        self._epoch: Callable[..., tuple[State, Array]] = self._program
-        self._finish = eqx.filter_jit(
-            eqx.filter_vmap(lambda params: method.finish(eqx.combine(params, static)))
-        )
+        self._epoch: Callable[..., tuple[Any, Array]] = self._program
+        self._finish = eqx.filter_jit(eqx.filter_vmap(finish))
 
     def compile(self) -> None:
         """Compiles now, so that no epoch's time includes it."""
@@ -180,9 +181,7 @@ class Arm:
         self._epoch = self._program.lower(*arguments).compile()
         self.compile_seconds = time.perf_counter() - begin
 
-    def epoch(
-        self, state: State, number: int
-    ) -> tuple[State, NDArray[np.float64], float]:
+    def epoch(self, state: Any, number: int) -> tuple[Any, NDArray[np.float64], float]:
         """Runs one epoch: the new state, each seed's loss, seconds. Uses up `state`."""
         plan = jax.block_until_ready(self._planner(number))
         begin = time.perf_counter()
@@ -190,6 +189,31 @@ class Arm:
         loss = np.asarray(loss, np.float64)  # Waits for the result.
         return state, loss, time.perf_counter() - begin
 
-    def finish(self, state: State) -> Any:
+    def finish(self, state: Any) -> Any:
         """The finished models, as one whose arrays have the seeds as first axis."""
-        return self._finish(state.params)
+        return self._finish(state)
+
+
+def supervised(
+    name: str, method: Method, models: Any, loss: Loss, *, data: Batch, planner: Planner
+) -> Arm:
+    """An arm that goes down the gradient of a loss.
+
+    **Arguments:**
+
+    - `method`: see `Method`.
+    - `models`: the untrained models, as one whose arrays have the seeds as first axis.
+    - `loss`: `(model, batch, key) -> scalar`, without the method's penalty.
+    - `name`, `data`, `planner`: see `Arm`.
+    """
+    wrapped = eqx.filter_vmap(method.wrap)(models)
+    params, static = eqx.partition(wrapped, eqx.is_inexact_array)
+    return Arm(
+        name,
+        method.label,
+        start=State(params, jax.jit(jax.vmap(method.optimiser.init))(params)),
+        step=gradient_step(loss, method.penalty, static, method.optimiser),
+        finish=lambda state: method.finish(eqx.combine(state.params, static)),
+        data=data,
+        planner=planner,
+    )

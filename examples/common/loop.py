@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 from numpy.typing import NDArray
 
-from common.arm import Arm, State
+from common.arm import Arm
 from common.checkpoint import Checkpoint
 from common.run import ComparisonFlags, Failure, Stopped, stop_signals
 
@@ -79,7 +79,7 @@ def _append(history: History, row: dict[str, NDArray[np.float64]]) -> None:
 
 
 def _pack(
-    states: dict[str, State], histories: dict[str, History]
+    states: dict[str, Any], histories: dict[str, History]
 ) -> dict[str, Array | NDArray[np.float64]]:
     """All arrays, by names such as `none.params.readout.bias`."""
     packed = {}
@@ -91,10 +91,10 @@ def _pack(
 
 
 def _unpack(
-    arrays: dict[str, NDArray[Any]], like: dict[str, State]
-) -> tuple[dict[str, State], dict[str, History]]:
+    arrays: dict[str, NDArray[Any]], like: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, History]]:
     """What was packed, once its states prove to have the shapes of those in `like`."""
-    states: dict[str, State] = {}
+    states: dict[str, Any] = {}
     histories: dict[str, History] = {}
     for name, state in like.items():
         leaves = []
@@ -112,7 +112,7 @@ def _unpack(
     return states, histories
 
 
-def named_leaves(name: str, state: State) -> dict[str, Array]:
+def named_leaves(name: str, state: Any) -> dict[str, Array]:
     """The arrays of one state by name."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {name + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
