@@ -17,16 +17,9 @@ Run `python examples/wasserstein.py --help` for all flags.
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
-
-
-# Before JAX is imported. Decompositions of several matrices at once, as of all seeds,
-# wait for threads of a pool, on which they may run themselves: with two threads, as on
-# two cores, they can wait for ever.
-os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
 
 import equinox as eqx
 import eqxreg

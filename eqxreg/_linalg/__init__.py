@@ -2,12 +2,13 @@
 
 From the ground up: `_axes`, `_precision`, `_batching` and `_norms` are what every map
 that measures a weight goes through. `_products` and `_linear_map` say what matrices and
-linear maps are. `_estimators` finds the largest singular value of one, `_certified`
-finds it from a vector that may have been good once, and `_estimator_derivatives`
-differentiates what they find, as often as asked. What acts on all singular values is in
-`_polar`, `_cap` and `_nearest`; they share the iteration in `_newton_schulz` and the
-derivatives in `_spectral_derivatives`. `_excess` only measures how far they are above a
-bound. `_convolution_norm` bounds a convolution as an operator.
+linear maps are, and `_lapack` decomposes. `_estimators` finds the largest singular
+value of one, `_certified` finds it from a vector that may have been good once, and
+`_estimator_derivatives` differentiates what they find, as often as asked. What acts on
+all singular values is in `_polar`, `_cap` and `_nearest`; they share the iteration in
+`_newton_schulz` and the derivatives in `_spectral_derivatives`. `_excess` only measures
+how far they are above a bound. `_exponential` is that of matrices, and
+`_convolution_norm` bounds a convolution as an operator.
 """
 
 from ._axes import (
@@ -46,6 +47,15 @@ from ._estimators import (
 )
 from ._excess import (
     excess as excess,
+)
+from ._exponential import (
+    exponential as exponential,
+)
+from ._lapack import (
+    cholesky as cholesky,
+    over as over,
+    over_triangle as over_triangle,
+    upper_triangle as upper_triangle,
 )
 from ._linear_map import (
     LinearIn as LinearIn,

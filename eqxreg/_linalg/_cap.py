@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from ._batching import anywhere
 from ._estimators import lanczos
+from ._lapack import eigh, thin_svd
 from ._linear_map import of_matrix, start_vector
 from ._newton_schulz import (
     Way,
@@ -27,7 +28,14 @@ from ._newton_schulz import (
 from ._norms import squared_magnitude
 from ._precision import is_half, widen
 from ._products import Matrices, adjoint, as_tall, eye_like, gram_of, matmul
-from ._spectral_derivatives import linearised, positive_part, root, singular_derivative
+from ._spectral_derivatives import (
+    Spectrum,
+    divided,
+    linearised,
+    positive_part,
+    root,
+    singular_derivative,
+)
 
 
 @ft.partial(compiled, static_argnames="method")
@@ -112,13 +120,14 @@ def _smooth_cap(tall: Matrices, c: Float[Array, "blocks 1"]) -> Matrices:
     r"""With $A = W / c$, it is $W (I + (A^H A - I)_+)^{-1/2}$."""
     gram = gram_of(tall / c[..., None].astype(tall.dtype))
     eye = eye_like(gram)
-    return matmul(tall, jnp.linalg.inv(root(eye + positive_part(gram - eye, 1.0))))
+    stretch = root(eye + positive_part(gram - eye, 1.0))
+    return divided(tall, stretch, Spectrum.of(stretch))
 
 
 def _right_factors(tall):
     """The right singular vectors, their images, and the norms of these: the singular
     values, which are more exact than the roots of the eigenvalues."""
-    _, v = jnp.linalg.eigh(gram_of(tall), symmetrize_input=False)
+    _, v = eigh(gram_of(tall))
     # What LAPACK leaves of their inner products would be multiplied with all else.
     v = polished(v)
     images = matmul(tall, v)
@@ -138,7 +147,7 @@ def _factors_around(tall, c):
     def in_two(tall, *_):
         # The rounding of what is far above would drown all else: it is taken off, put
         # back at a lower value, and all is decomposed again.
-        u, s, vh = jnp.linalg.svd(tall, full_matrices=False)
+        u, s, vh = thin_svd(tall)
         top, far = jnp.maximum(s[..., :1], far_above), s > far_above
         u = jnp.where(far[..., None, :], u, 0)
         v = jnp.where(far[..., None, :], adjoint(vh), 0)

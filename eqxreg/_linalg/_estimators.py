@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
+from ._lapack import thin_svd
 from ._linear_map import LinearMap, Top, empty_top, fixed_vector, unit
 from ._norms import squared_magnitude
 from ._precision import real_dtype
@@ -275,6 +276,6 @@ def svd(matrix: Inexact[Array, "m n"]) -> Top:
     # LAPACK might not return from an infinity.
     finite = jnp.all(jnp.isfinite(matrix))
     scaled = jnp.where(finite, matrix / peak, 0)
-    left, values, right = jnp.linalg.svd(scaled, full_matrices=False)
+    left, values, right = thin_svd(scaled)
     value = jnp.where(finite, values[0] * jnp.real(peak), jnp.nan)
     return Top(value, left[:, 0], jnp.conj(right[0]))

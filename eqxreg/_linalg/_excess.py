@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact
 
+from ._lapack import tridiagonal
 from ._newton_schulz import compiled, normal_range
 from ._precision import widen
 from ._products import Matrices, adjoint, gram_of
@@ -69,7 +70,7 @@ def _values_above(
     gram: Inexact[Array, "n n"], low: Float[Array, ""]
 ) -> Float[Array, " n"]:
     """The roots of the eigenvalues, descending, with `low` for those that are less."""
-    _, diagonal, beside, _ = lax.linalg.tridiagonal(gram)
+    diagonal, beside = tridiagonal(gram)
     sides = jnp.pad(jnp.abs(beside), 1)
     high = jnp.max(diagonal + sides[1:] + sides[:-1])
     high = jnp.where(high > 0, high, 1)

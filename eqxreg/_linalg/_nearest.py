@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact
 
+from ._lapack import eigh, eigvalsh, thin_svd
 from ._norms import squared_magnitude
 from ._precision import is_half, margin, tolerance, widen
 from ._products import Matrices, adjoint, matmul
@@ -119,7 +120,7 @@ def _semidefinite(matrices: Matrices) -> tuple[Matrices, Array, Array]:
     eigenvectors of the symmetric parts, scaled."""
     scaled = _scaled(matrices)
     sym = hermitian(scaled.matrices)
-    values, vectors = jnp.linalg.eigh(sym, symmetrize_input=False)
+    values, vectors = eigh(sym)
     symmetric = jnp.all(matrices == adjoint(matrices), axis=(-2, -1))
     fits = symmetric & jnp.all(_is_kept(values), axis=-1)
     # As a Gram matrix it has no negative eigenvalue but for the rounding of its own
@@ -149,7 +150,7 @@ def _lifted(scaled: _Scaled, point: Matrices, dtype: jnp.dtype) -> Matrices:
         # Here rounding takes more, and less by far than could be said in advance.
         point = rounded.astype(point.dtype) / scaled.scale
         finite = jnp.where(jnp.isfinite(point), point, 0)
-        lowest = jnp.linalg.eigvalsh(finite, symmetrize_input=False)[..., :1, None]
+        lowest = eigvalsh(finite)[..., :1, None]
         lift = jnp.maximum(margin(dtype) * norm - lowest, 0)
     raised = scaled.undo(point + lift.astype(point.dtype))
     eye = jnp.eye(point.shape[-1], dtype=bool)[None]
@@ -209,7 +210,7 @@ def _of_rank(rank: int, tall: Matrices) -> tuple[Matrices, Array, Array, Array]:
     """The nearest matrices of a rank below that of others of their shape, and the thin
     singular value decomposition of the given ones, scaled."""
     scaled = _scaled(tall)
-    u, s, vh = jnp.linalg.svd(scaled.matrices, full_matrices=False)
+    u, s, vh = thin_svd(scaled.matrices)
     fits = s[..., rank] <= tolerance(tall.dtype) * s[..., 0]
     left = u[..., :rank] * s[..., None, :rank].astype(u.dtype)
     moved = scaled.undo(matmul(left, vh[..., :rank, :])).astype(tall.dtype)

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ._batching import anywhere
+from ._lapack import thin_svd
 from ._linear_map import fixed_vector
 from ._newton_schulz import (
     Way,
@@ -104,7 +105,7 @@ def _(tol, method, primals, tangents):
 
 
 def _polar_by_svd(tall):
-    u, _, vh = jnp.linalg.svd(tall, full_matrices=False)
+    u, _, vh = thin_svd(tall)
     return polished(matmul(u, vh))
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
+from ._lapack import eigh
 from ._products import adjoint, matmul
 
 
@@ -167,7 +168,7 @@ class Spectrum(NamedTuple):
         """That of a positive semidefinite matrix, or of the magnitude of one that is
         Hermitian and a difference of matrices of a norm of `unit`, if it is one."""
         square = lax.stop_gradient(square)
-        values, vectors = jnp.linalg.eigh(square, symmetrize_input=False)
+        values, vectors = eigh(square)
         values = jnp.abs(values)
         size = jnp.max(values, axis=-1, keepdims=True, initial=unit)
         return cls(values, vectors, _rounding_of(size))
@@ -239,7 +240,7 @@ def hermitian(square: Inexact[Array, "*batch n n"]) -> Inexact[Array, "*batch n 
 def positive_part(square: Inexact[Array, "*batch n n"], unit: float = 0.0) -> Array:
     r"""$X_+ = V \max(\Lambda, 0) V^H$, with $\mathrm{D}X_+[H]$ the solution of
     $|X| Y + Y |X| = X_+ H + H X_+$. `unit` is as in `Spectrum.of`."""
-    values, vectors = jnp.linalg.eigh(square, symmetrize_input=False)
+    values, vectors = eigh(square)
     kept = jnp.maximum(values, 0)[..., None, :].astype(vectors.dtype)
     return matmul(vectors * kept, adjoint(vectors))
 
@@ -277,7 +278,7 @@ def top_projector(rank: int, square: Inexact[Array, "*batch n n"]) -> Array:
     r"""The orthogonal projector onto the `rank` largest eigenvalues. With $N = 2 P - I$
     and $\theta$ between these eigenvalues and the others, $\mathrm{D}P[H]$ is half the
     solution of $|X - \theta| Y + Y |X - \theta| = H - N H N$."""
-    _, vectors = jnp.linalg.eigh(square, symmetrize_input=False)
+    _, vectors = eigh(square)
     kept = vectors[..., :, -rank:]
     return matmul(kept, adjoint(kept))
 
@@ -286,7 +287,7 @@ def top_projector(rank: int, square: Inexact[Array, "*batch n n"]) -> Array:
 def _(rank, primals, tangents):
     (square,), (tangent,) = primals, tangents
     projector = top_projector(rank, square)
-    values, vectors = jnp.linalg.eigh(lax.stop_gradient(square), symmetrize_input=False)
+    values, vectors = eigh(square)
     between = (values[..., -rank] + values[..., -rank - 1])[..., None] / 2
     eye = jnp.broadcast_to(jnp.eye(square.shape[-1], dtype=square.dtype), square.shape)
     sign = 2 * projector - eye

@@ -8,8 +8,8 @@ import abc
 import dataclasses
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-import jax.scipy.linalg
 from jax import lax
 from jaxtyping import Array, Inexact
 
@@ -17,12 +17,17 @@ from .._linalg import (
     adjoint,
     anywhere,
     as_tall,
+    cholesky,
+    exponential,
     eye_like,
     gram_of,
     is_half,
     matmul,
+    over,
+    over_triangle,
     polished,
     tolerance,
+    upper_triangle,
     widen,
     with_derivative_of,
 )
@@ -39,14 +44,6 @@ from ._matrix import (
     to_matrices,
 )
 from ._orthogonal import Orthogonal
-
-
-# The largest sum of magnitudes in a column for which JAX's Padé approximations are
-# exact to rounding, in single precision.
-_PADE_REACH = 3.9
-
-# After a few halvings, squaring leaves no more than one polish repairs.
-_FEW_HALVINGS, _MOST_HALVINGS = 5, 18
 
 
 class _Chart(MatrixMap):
@@ -215,12 +212,12 @@ class Cayley(_Chart):
         eye = jnp.eye(inner.shape[-1], dtype=inner.dtype)[None]
         above = matmul(base, eye - inner)
         above = above if across is None else above + across
-        return _divided(above, eye + inner)
+        return over(above, eye + inner)
 
     def _undo(self, base: Array, tall: Array) -> Array:
         inner = matmul(adjoint(base), tall)
         eye = jnp.eye(inner.shape[-1], dtype=inner.dtype)[None]
-        a = _divided(eye - inner, eye + inner)
+        a = over(eye - inner, eye + inner)
         across = matmul(tall - matmul(base, inner), eye + a)
         skew = gram_of(across) / 2 - 2 * a
         return matmul(base, (skew - adjoint(skew)) / 2) + across
@@ -281,16 +278,16 @@ class MatrixExp(_Chart):
 
     def _move(self, base: Array, skew: Array, across: Array | None) -> Array:
         if across is None:
-            power, far = _exponential(skew)
+            power, far = exponential(skew)
             moved = matmul(base, power)
         else:
             # The exponent acts within the span of `base` and `across`, and there as a
             # matrix of twice the size of the smaller side.
             frame = _frame(across)
-            scaled = lax.linalg.triangular_solve(frame, across)
+            scaled = over_triangle(across, frame)
             above = jnp.concatenate([skew, -matmul(adjoint(across), scaled)], axis=-1)
             below = jnp.concatenate([frame, jnp.zeros_like(skew)], axis=-1)
-            power, far = _exponential(jnp.concatenate([above, below], axis=-2))
+            power, far = exponential(jnp.concatenate([above, below], axis=-2))
             span = jnp.concatenate([base, scaled], axis=-1)
             moved = matmul(span, power[..., : skew.shape[-1]])
         # Many squarings leave more than rounding: one polish here, one by the caller.
@@ -318,37 +315,6 @@ def _repaired(tall: Array) -> Array:
     return with_derivative_of(polished(tall), tall)
 
 
-def _exponential(square: Array) -> tuple[Array, Array]:
-    """By scaling and squaring. JAX's own halves a matrix once less than its Padé
-    approximations ask for, which costs up to eight digits. Also whether any matrix was
-    halved many times."""
-    norms = jnp.max(jnp.sum(jnp.abs(lax.stop_gradient(square)), axis=-2), axis=-1)
-    halvings = jnp.ceil(jnp.log2(norms / _PADE_REACH))[..., None, None]
-    halvings = jnp.clip(halvings, 0, _MOST_HALVINGS).astype(jnp.int32)
-    scale = jnp.ldexp(jnp.ones(halvings.shape, norms.dtype), -halvings)
-    # NaN for what is out of reach even so.
-    scaled = square * scale.astype(square.dtype)
-    power = jax.scipy.linalg.expm(scaled, max_squarings=0)
-
-    def step(power, i):
-        more = i < halvings
-        squared = lambda power: jnp.where(more, matmul(power, power), power)
-        again = anywhere(jnp.any(more))
-        return lax.cond(again, squared, lambda power: power, power), None
-
-    for i in range(_FEW_HALVINGS):
-        power, _ = step(power, i)
-
-    # What all the steps that do nothing would keep for the backward pass is a lot.
-    @jax.checkpoint
-    def rest(power):
-        steps = jnp.arange(_FEW_HALVINGS, _MOST_HALVINGS, dtype=jnp.int32)
-        return lax.scan(jax.checkpoint(step), power, steps)[0]
-
-    far = anywhere(jnp.any(halvings > _FEW_HALVINGS))
-    return lax.cond(far, rest, lambda power: power, power), far
-
-
 def _frame(across: Array) -> Array:
     r"""A triangular $T$ with $T^H T = K^H K + I$, roughly. By $K T^{-1}$ in the place
     of $K$, the exponent is skew but for what is small. The result is the same for every
@@ -358,18 +324,12 @@ def _frame(across: Array) -> Array:
     eye = eye_like(gram)
 
     def near(across):
-        return adjoint(jnp.linalg.cholesky(gram + eye))
+        return adjoint(cholesky(gram + eye))
 
     # Beside large singular values of K, what is small is gone from the sum.
     def far(across):
-        return jnp.linalg.qr(jnp.concatenate([across, eye], axis=-2), mode="r")
+        return upper_triangle(jnp.concatenate([across, eye], axis=-2))
 
     size = jnp.max(jnp.trace(gram.real, axis1=-2, axis2=-1), initial=0)
     is_far = size > 0.01 / jnp.finfo(size.dtype).eps
     return lax.cond(anywhere(is_far), far, near, across)
-
-
-def _divided(above: Array, below: Array) -> Array:
-    """`above @ inv(below)`."""
-    solved = jnp.linalg.solve(jnp.swapaxes(below, -1, -2), jnp.swapaxes(above, -1, -2))
-    return jnp.swapaxes(solved, -1, -2)
