@@ -219,6 +219,11 @@ class Projection(Parametrization):
         need of the nearest point, says so here; of it there is no derivative."""
         return self._wide_distance(weight), self._active(weight)
 
+    def _largest(self, weight: Inexact[Array, "..."]) -> Float[Array, ""] | None:
+        """The largest of the norms that this bounds, of a weight as it is; `None` if it
+        bounds none."""
+        return None
+
     def _active(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
         """The share of the units of `weight` that this map moves, or would move if they
         were longer or shorter by what rounding may do. Of a vector or a scalar, each

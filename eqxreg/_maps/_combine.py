@@ -80,6 +80,9 @@ class StraightThrough(Projection):
     def _wide_distance(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
         return self.projection._wide_distance(weight)
 
+    def _largest(self, weight: Inexact[Array, "..."]) -> Float[Array, ""] | None:
+        return self.projection._largest(weight)
+
     def _active(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
         return self.projection._active(weight)
 
@@ -203,6 +206,10 @@ class _ProjectionChain(  # pyright: ignore[reportIncompatibleVariableOverride]
         ]
         chain = _ProjectionChain(*true)  # pyright: ignore[reportArgumentType]
         return Projection._wide_distance(chain, weight)
+
+    def _largest(self, weight: Inexact[Array, "..."]) -> Float[Array, ""] | None:
+        """That of the last map, whose promise holds."""
+        return self._projections[-1]._largest(weight)
 
     def _active(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
         """The largest of the shares of the maps, each at what it is given."""

@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact
 
-from .._linalg import Axis, AxisLike, check_axis, resolve_axes, tolerance, wide_dtype
+from .._linalg import (
+    Axis,
+    AxisLike,
+    check_axis,
+    resolve_axes,
+    tolerance,
+    wide_dtype,
+    widen,
+)
 from .._values import (
     Bound,
     Shaped,
@@ -70,6 +78,9 @@ class _NormMap(Projection):
         """The norms that are bounded, to be multiplied with a bound."""
         norms = norms_of(weight, resolve_axes(self.axis, weight.ndim))
         return norms.norm / norms.scale
+
+    def _largest(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
+        return jnp.max(self._sizes(weight), initial=0)
 
 
 class MaxNorm(_NormMap):
@@ -145,6 +156,15 @@ class MaxNorm(_NormMap):
             plan, bounds = self._plan(raw.dtype)
             return rescale(plan, (), raw, *bounds)
         return super().__call__(raw)
+
+    def _largest(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
+        if self.ord == 2:
+            return super()._largest(weight)
+        magnitudes = jnp.abs(widen(weight))
+        if self.ord == math.inf:
+            return jnp.max(magnitudes, initial=0)
+        sums = jnp.sum(magnitudes, axis=resolve_axes(self.axis, weight.ndim))
+        return jnp.max(sums, initial=0)
 
     def _plan(self, dtype) -> tuple[Callable[..., Plan], tuple[Array, ...]]:
         return at_most, (bound_value(self.max_norm, wide_dtype(dtype)),)

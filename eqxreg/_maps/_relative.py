@@ -168,5 +168,8 @@ class Relative(Projection):
         weight, own = self._absolute(sizes)._step(weight, own)
         return weight, (sizes, own)
 
+    def _largest(self, weight: Inexact[Array, "..."]) -> Float[Array, ""] | None:
+        return self.projection._largest(weight)
+
     def _wide_distance(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
         return self._absolute(self.sizes)._wide_distance(weight)

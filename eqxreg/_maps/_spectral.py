@@ -138,6 +138,9 @@ class _SpectralScaling(MatrixProjection):
         """The norm that is bounded, to be multiplied with a bound."""
         return self.singular_values(weight)[0]
 
+    def _largest(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
+        return jnp.max(self.singular_values(weight), initial=0)
+
     @abc.abstractmethod
     def plan(self, dtype) -> Target:
         """What norm a weight of this dtype is to have."""

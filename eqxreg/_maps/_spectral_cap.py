@@ -110,6 +110,9 @@ class SpectralCap(MatrixProjection):
     def _sizes(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
         return self._scaling._sizes(weight)
 
+    def _largest(self, weight: Inexact[Array, "..."]) -> Float[Array, ""]:
+        return self._scaling._largest(weight)
+
     def _standing(self, weight):
         self.check(weight)
         _, *sides = matrix_shape(weight.shape, self.matrix, self.blocks)

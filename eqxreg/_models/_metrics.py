@@ -176,8 +176,10 @@ def metrics_of(
     chosen: Sequence[bool],
     projection: Projection | None,
     state: eqx.nn.State | None,
+    bounded: bool = False,
 ) -> dict[str, Float[Array, "..."]]:
-    """`metrics` of the chosen leaves."""
+    """`metrics` of the chosen leaves; if asked for, also `bounded`, the largest of the
+    norms that a set bounds, of those weights whose set bounds norms."""
     # A state can be set once, and a wrapper that is not ours might.
     state = jax.tree.map(lambda x: x, state)
     subjects = {s.site.path: s for s in subjects_of(model, chosen, projection)}
@@ -189,11 +191,27 @@ def metrics_of(
     ]
     values = _together(lambda layers: over_blocks(_singular_value, layers), found)
     standings = _standings(projection, found)
-    return {
+    numbers = {
         f"{subject.site.path}/{name}": number
         for (subject, weight), value in zip(found, values, strict=True)
         for name, number in _numbers(subject, weight, value, standings).items()
     }
+    if bounded:
+        for subject, weight in found:
+            norm = _bounded(subject, weight)
+            if norm is not None:
+                numbers[f"{subject.site.path}/bounded"] = norm
+    return numbers
+
+
+def _bounded(
+    subject: Subject, weight: Inexact[Array, "..."]
+) -> Float[Array, "..."] | None:
+    # The map speaks of the kernel, where the wrapper bounds the operator.
+    if subject.target is None or subject.bounds_operator:
+        return None
+    measure = lambda p, weight: p._largest(weight)
+    return on_stack(measure, subject.target, subject.rank, weight)
 
 
 def _numbers(

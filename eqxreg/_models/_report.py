@@ -34,6 +34,7 @@ class Row:
     dtype: str
     layer: str
     map: str
+    bounded: float | None
     norm: float
     singular_value: float
     stable_rank: float
@@ -55,9 +56,14 @@ class Report:
         - `layer`: the class of the layer that owns it, empty in plain trees.
         - `map`: what makes the weight, or the set that it is measured against: maps in
             the order in which they are applied, the outermost last. Empty if there is
-            none.
+            none. A wrapper that bounds the layer as an operator says so.
+        - `bounded`: what the map bounds: the largest of the norms that it speaks of, of
+            the weight that the layer computes with. That of the units, if each has a
+            norm of its own. `None` if the map bounds no norm of the weight itself.
         - `norm`, `singular_value`, `stable_rank`, `distance`, `active`: numbers, as in
-            [`eqxreg.metrics`][]; the last two are `None` if there is no set.
+            [`eqxreg.metrics`][], of the whole weight. If it is in wrappers, `distance`
+            is from the raw weight to what they make of it. The last two are `None` if
+            there is no set.
     """
 
     rows: tuple[Row, ...]
@@ -192,7 +198,7 @@ def report(
     if projection is not None:
         check_projection(projection)
     chosen = require_selection(where, model, "where")
-    found = _compiled(model, chosen, projection, state)
+    found = _compiled(model, chosen, projection, state, bounded=True)
     if any(isinstance(number, Tracer) for number in found.values()):
         raise TypeError(
             "`report` needs the values of the weights, which are not known inside "
@@ -226,7 +232,9 @@ def _rows(subject: Subject, found: dict[str, Any]) -> Iterator[Row]:
             shape=tuple(site.leaf.shape)[len(subject.stack) :],
             dtype=str(site.leaf.dtype),
             layer="" if site.owner is None else type(site.owner).__name__,
-            map=" → ".join(map(_label, subject.maps)),
+            map=" → ".join(map(_label, subject.maps))
+            + (" of the operator" if subject.bounds_operator else ""),
+            bounded=number("bounded", index),
             norm=number("norm", index),
             singular_value=number("singular_value", index),
             stable_rank=number("stable_rank", index),
@@ -267,14 +275,17 @@ def _text(value: Any) -> str:
 
 # The columns of the table, and the cells in them.
 
+_NUMBERS = ("bounded", "norm", "σ₁", "stable rank", "distance")
 _COLUMNS: dict[str, Any] = {
     **dict.fromkeys(("path", "shape", "dtype", "layer", "map"), "left"),
-    **dict.fromkeys(("norm", "σ₁", "stable rank", "distance", "active"), "right"),
+    **dict.fromkeys(_NUMBERS, "right"),
+    "active": "right",
 }
 
 
 def _cells(row: Row) -> list[str]:
-    numbers = (row.norm, row.singular_value, row.stable_rank, row.distance)
+    norms = (row.bounded, row.norm, row.singular_value)
+    numbers = (*norms, row.stable_rank, row.distance)
     return [
         row.path,
         "×".join(map(str, row.shape)),

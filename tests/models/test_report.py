@@ -86,7 +86,7 @@ def report():
 
 COLUMNS = (
     "path", "shape", "dtype", "layer", "map",
-    "norm", "σ₁", "stable rank", "distance", "active",
+    "bounded", "norm", "σ₁", "stable rank", "distance", "active",
 )  # fmt: skip
 
 
@@ -125,12 +125,57 @@ def test_the_table_has_the_numbers(report):
         "float32",
         "Linear",
         "MaxNorm(0.3, axis='unit')",
+        f"{last.bounded:.4g}",
         f"{last.norm:.4g}",
         f"{last.singular_value:.4g}",
         f"{last.stable_rank:.4g}",
         f"{last.distance:.4g}",
         f"{last.active:.1%}",
     ]
+
+
+RAW = np.random.default_rng(0).normal(size=(6, 4)).astype("float32")
+TOP = lambda matrix: np.linalg.svd(matrix.astype("float64"), compute_uv=False)[0]
+BOUNDED = {
+    "unit": (eqxreg.MaxNorm(0.5, axis="unit"), 0.5),
+    "ring": (eqxreg.MinMaxNorm(0.1, 9.0), np.linalg.norm(RAW)),
+    "taxicab": (eqxreg.MaxNorm(0.3, axis="unit", ord=1), 0.3),
+    "largest": (eqxreg.MaxNorm(99.0, ord=jnp.inf), abs(RAW).max()),
+    "spectral": (eqxreg.SpectralScale(99.0), TOP(RAW)),
+    "blocks": (eqxreg.SpectralCap(99.0, blocks=2), max(TOP(RAW[:3]), TOP(RAW[3:]))),
+    "last": (eqxreg.Chain(eqxreg.NonNegative(), eqxreg.UnitNorm()), 1.0),
+    "through": (eqxreg.StraightThrough(eqxreg.MaxNorm(0.5)), 0.5),
+    "relative": (
+        eqxreg.Relative(eqxreg.MaxNorm(0.5, axis="unit")),
+        0.5 * np.linalg.norm(RAW, axis=1).max(),
+    ),
+}
+
+
+@pytest.mark.parametrize(("p", "norm"), BOUNDED.values(), ids=BOUNDED)
+def test_a_report_shows_the_norm_that_is_bounded(key, p, norm):
+    layer = eqx.nn.Linear(4, 6, key=key)
+    layer = eqx.tree_at(lambda node: node.weight, layer, jnp.asarray(RAW))
+    [row] = eqxreg.report(eqxreg.constrain(layer, p)).rows
+    assert row.bounded == pytest.approx(norm, rel=2e-3)
+    # Without a wrapper it is that of the weight as it is.
+    if not isinstance(p, eqxreg.Relative):
+        [row] = eqxreg.report(layer, projection=p).rows
+        [free] = eqxreg.report(layer, projection=eqxreg.MaxNorm(99.0)).rows
+        assert row.bounded >= norm * (1 - 1e-5) and row.norm == free.norm
+
+
+def test_what_bounds_no_norm_of_the_weight_says_so(key):
+    linear = eqx.nn.Linear(4, 6, key=key)
+    [row] = eqxreg.report(linear, projection=eqxreg.NonNegative()).rows
+    assert row.bounded is None and row.distance is not None
+    conv = eqx.nn.Conv2d(1, 2, 3, key=key)
+    conv, state = eqx.nn.make_with_state(eqxreg.SpectralNormConstraint)(
+        conv, "weight", input_shape=(1, 6, 6), key=key
+    )
+    [row] = eqxreg.report(conv, state=state).rows
+    assert row.map == "SpectralNorm() of the operator" and row.bounded is None
+    assert row.singular_value < 0.99
 
 
 def test_the_table_has_no_colour_codes(report, monkeypatch):
