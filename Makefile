@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: bench bench-cuda bench-gpu bench-tpu clean demo docs help lint
+.PHONY: bench bench-cuda bench-gpu bench-tpu browse clean demo docs help lint
 .PHONY: test test-all test-lowest test-newest $(PYTHONS:%=test-%)
 
 demo: $(VENV)/.has-examples ## Train on the handwritten digits; results in out/digits
@@ -61,6 +61,10 @@ lint: $(VENV)/.has-dev ## Check style, formatting, imports and types
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(VENV)/.has-docs ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict
+
+# The browser is on the path: `apt-get install chromium` in Debian.
+browse: $(VENV)/.has-browser docs ## Open each page of site/ in Chromium, without a network
+	$(BIN)/python -m pytest docs/_tests
 
 # PyTorch takes part if it is in .venv. A short form: make FLAGS=--quick bench.
 bench: $(VENV)/.has-bench ## Measure what constraints cost, beside other libraries

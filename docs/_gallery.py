@@ -3,8 +3,9 @@ picture: none of their numbers is typed.
 
 On a page `<!-- results: wasserstein, estimate -->` becomes a table with a row for each
 method, and mean and standard error of these metrics; `<!-- run: wasserstein -->` a line
-that says with which seeds and versions; and `<!-- code: wasserstein, network -->` the
-functions of the trainer with these names.
+that says with which seeds and versions; `<!-- code: wasserstein, network -->` the
+functions of the trainer with these names; and `<!-- cards: wasserstein -->` a grid of
+these pages, each with its picture and its title.
 """
 
 import ast
@@ -16,14 +17,16 @@ from typing import Any
 
 GALLERY = Path(__file__).parent / "gallery"
 EXAMPLES = GALLERY.parents[1] / "examples"
-PLACE = re.compile(r"<!-- (results|run|code): ([^>]*?) -->")
+PLACE = re.compile(r"<!-- (results|run|code|cards): ([^>]*?) -->")
 
 
 def with_results(page: str, gallery: Path = GALLERY) -> str:
     """The page, with tables and lines in their places."""
 
     def shown(match: re.Match[str]) -> str:
-        name, *metrics = match[2].split(", ")
+        name, *metrics = names = match[2].split(", ")
+        if match[1] == "cards":
+            return _cards(names, gallery)
         if match[1] == "code":
             return _code(EXAMPLES / f"{name}.py", metrics)
         text = (gallery / f"{name}.json").read_text(encoding="utf-8")
@@ -31,6 +34,19 @@ def with_results(page: str, gallery: Path = GALLERY) -> str:
         return _run(found) if match[1] == "run" else _table(found, metrics)
 
     return PLACE.sub(shown, page)
+
+
+def _cards(names: list[str], gallery: Path) -> str:
+    cards = [
+        f"- [![]({name}.png)]({name}.md)\n\n    [{_title(gallery, name)}]({name}.md)"
+        for name in names
+    ]
+    return "\n\n".join(['<div class="grid cards" markdown>', *cards, "</div>"])
+
+
+def _title(gallery: Path, name: str) -> str:
+    page = (gallery / f"{name}.md").read_text(encoding="utf-8")
+    return page.partition("\n")[0].removeprefix("# ")
 
 
 def _table(found: dict[str, Any], metrics: list[str]) -> str:

@@ -1,9 +1,9 @@
 """What MkDocs does for this site beyond its plugins.
 
 Three pages are files at the root of the repository, with their links made to fit; the
-picture of the rooms is drawn from the imports; what was measured and counted for
-accelerators, and what trainers have found, becomes tables; and formulas become MathML
-here, so that a reader's browser runs no script for them.
+picture of the rooms is drawn from the imports, and those of sets by the library; what
+was measured and counted for accelerators, and what trainers have found, becomes tables;
+and formulas become MathML here, so that a reader's browser runs no script for them.
 """
 
 import re
@@ -19,6 +19,7 @@ from mkdocs.structure.files import File
 sys.path.append(str(Path(__file__).parent))
 from _counted import with_counts
 from _gallery import with_results
+from _geometry import pictures
 from _measured import with_tables
 from _rooms import draw
 
@@ -41,6 +42,8 @@ def on_files(files, config):
         )
         files.append(File.generated(config, page, content=text))
     files.append(File.generated(config, "images/rooms.svg", content=draw()))
+    for name, text in pictures().items():
+        files.append(File.generated(config, f"images/{name}", content=text))
     return files
 
 

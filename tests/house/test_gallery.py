@@ -17,6 +17,7 @@ def results(name):
 
 
 PAGES = sorted(path.stem for path in (ROOT / "docs" / "gallery").glob("*.md"))
+PAGES.remove("index")
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -31,6 +32,19 @@ def test_a_page_has_its_picture_its_numbers_and_its_code(gallery, name):
     assert f"examples/{name}.py" in text
     for result in results(name)["methods"].values():
         assert f"| {result['label']} | {result['estimate']['mean']:.4f}" in text
+
+
+def test_all_pages_have_a_card_and_a_place_in_the_menu(gallery):
+    index = (ROOT / "docs" / "gallery" / "index.md").read_text(encoding="utf-8")
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert sorted(gallery.PLACE.search(index)[2].split(", ")) == PAGES
+    shown = gallery.with_results(index)
+    for name in PAGES:
+        page = (ROOT / "docs" / "gallery" / f"{name}.md").read_text(encoding="utf-8")
+        title = page.splitlines()[0].removeprefix("# ")
+        assert f"[![]({name}.png)]({name}.md)" in shown
+        assert f"[{title}]({name}.md)" in shown
+        assert f": gallery/{name}.md" in menu
 
 
 def test_what_a_page_asks_for_has_to_be_there(gallery):
