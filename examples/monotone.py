@@ -314,8 +314,9 @@ def figure(
                 style = {"color": SHOWN[name], "lw": 0.9, "alpha": 0.8}
                 first, *_ = axes.plot(lines["along"], lines[name].T, **style)
                 first.set_label(labels[name])
-        axes.set(title=f"If {axis} of a row were another: 20 rows", xlabel=axis)
-        axes.legend(loc="upper left", frameon=False)
+        axes.set(title=f"Predictions for 20 rows, were {axis} another", xlabel=axis)
+        if axes.lines:
+            axes.legend(loc="upper left", frameon=False)
         axes.grid(axis="y", color="0.9")
 
     def errors(axes: Axes) -> None:

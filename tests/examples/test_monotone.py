@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from common import table
 from common.run import Failure
+from scripts import ROOT
 from sklearn.datasets import load_diabetes
 from trainer import (
     assert_one_line,
@@ -208,6 +209,35 @@ def test_a_wrong_flag_is_one_clear_line(tmp_path, flags, message):
 def test_data_that_is_not_there_is_one_clear_line(tmp_path):
     outcome = run("--out", tmp_path / "new", "--data", "nowhere.csv")
     assert_one_line(outcome, "nowhere.csv is not a file (nor is it `diabetes`)")
+
+
+@pytest.fixture(scope="module")
+def published():
+    path = ROOT / "docs" / "gallery" / "monotone.json"
+    return strict_json(path)["methods"]
+
+
+def test_the_page_has_networks_that_rise_and_free_ones_that_do_not(published):
+    for name in ("clip", "straight", "project", "positive", "bare_positive"):
+        assert min(published[name]["smallest_slope"]["seeds"]) >= 0
+        assert published[name]["falling_share"]["largest"] == 0
+    assert published["bare"]["smallest_slope"]["largest"] < 0
+    assert min(published["free"]["smallest_slope"]["seeds"]) > 0
+    assert min(published["convex"]["smallest_bend"]["seeds"]) >= -1e-9
+    assert published["positive"]["smallest_bend"]["largest"] < 0
+
+
+def test_the_page_has_errors_of_which_it_says_the_truth(published):
+    error = {name: result["test_error"]["mean"] for name, result in published.items()}
+    assert error["bare"] > error["bare_positive"] + 5
+    for name in ("clip", "straight", "project", "positive"):
+        assert error["free"] - 2 < error[name] < error["free"]
+    assert error["convex"] == min(error.values())
+    assert abs(error["free"] - error["line"]) < 0.5
+    assert error["convex"] > error["line"] - 2
+    assert all(
+        len(result["test_error"]["seeds"]) == 20 for result in published.values()
+    )
 
 
 def test_the_note_says_what_was_found():
