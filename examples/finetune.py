@@ -1,22 +1,22 @@
 """Tune a pretrained network with few labels: how far from its weights should it go?
 
 A network is pretrained on one half of scikit-learn's digits. The other half is seen
-through a dirty glass: a background that is the same for all images. With 2 to 20
-labelled images of each digit, six ways to go on:
+through a dirty glass: a background that is the same for all images. There are 2 to 20
+labelled images of each digit, and 40 % of these labels are drawn at random. Six ways to
+go on, all with the same learning rate:
 
 - `scratch`: from new weights;
 - `plain`: from the pretrained weights, and anywhere;
 - `decay`: the same with weight decay, which is to zero;
 - `towards`: with `decay_towards` the pretrained weights, L2-SP;
-- `ball`: after each step the weights of each unit are projected onto a ball around the
-  pretrained ones, by `project` and `MaxNorm`;
+- `ball`: after each step each array is projected onto a ball around the pretrained one,
+  by `project` and `MaxNorm`;
 - `freeze`: only the last layer moves.
 
-The last three are of all layers but the last. See Li, Grandvalet and Davoine, "Explicit
-Inductive Bias for Transfer Learning with Convolutional Networks", ICML 2018, and Gouk,
-Hospedales and Pontil, "Distance-Based Regularisation of Deep Networks for Fine-Tuning",
-ICLR 2021. With `--data DIR --target DIR`, from MNIST to Fashion-MNIST. Run
-`python examples/finetune.py --help` for all flags.
+See Li, Grandvalet and Davoine, "Explicit Inductive Bias for Transfer Learning with
+Convolutional Networks", ICML 2018, and Gouk, Hospedales and Pontil, "Distance-Based
+Regularisation of Deep Networks for Fine-Tuning", ICLR 2021. With `--data DIR --target
+DIR`, from MNIST to Fashion-MNIST. `python examples/finetune.py --help` has all flags.
 """
 
 import dataclasses
@@ -31,14 +31,13 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from common import report, show
+from common import report, show, transfer
 from common.arm import Arm, Batch, Planner, State as Trained, gradient_step, seed_keys
 from common.checkpoint import Checkpoint
 from common.data import CLASSES
-from common.loop import History, fit
+from common.loop import fit
 from common.mlp import DropoutMLP
 from common.run import ComparisonFlags, main, output_directory
-from common.transfer import FewPlanner, Transfer, dirty_digits, few_rows, idx_transfer
 from jaxtyping import Array, Float, Key, PyTree
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
@@ -48,21 +47,20 @@ Name: TypeAlias = Literal["scratch", "plain", "decay", "towards", "ball", "freez
 
 
 class Way(NamedTuple):
-    """Its label, and what was chosen on validation images and other seeds."""
+    """Its label; and the rate of decay or the radius of the ball, which were chosen on
+    validation images and other seeds."""
 
     label: str
-    learning_rate: float
-    # The rate of decay, or the radius of the ball.
     strength: float = 0.0
 
 
 WAYS: dict[Name, Way] = {
-    "scratch": Way("from scratch", 1e-3, 0.0),
-    "plain": Way("plain fine-tuning", 1e-3),
-    "decay": Way("decay to zero", 1e-3, 1.0),
-    "towards": Way("decay towards the start", 1e-3, 10.0),
-    "ball": Way("ball around the start", 1e-3, 0.1),
-    "freeze": Way("all but the last layer frozen", 1e-3),
+    "scratch": Way("from scratch"),
+    "plain": Way("plain fine-tuning"),
+    "decay": Way("decay to zero", 0.3),
+    "towards": Way("decay towards the start", 100.0),
+    "ball": Way("ball around the start", 0.2),
+    "freeze": Way("all but the last layer frozen"),
 }
 
 
@@ -93,8 +91,11 @@ class FinetuneFlags(ComparisonFlags):
     """Units in each of the two hidden layers."""
     batch_size: int = 20
     """Images in a step, drawn anew from the few."""
-    learning_rate: float = 0.0
-    """Adam's, constant; 0 takes what was tuned for each way."""
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    """Adam's, constant. All numbers of shots are tried with the last but one, and all
+    learning rates with the second number of shots."""
+    label_noise: float = 0.4
+    """Share of the labels to tune on that is drawn at random."""
     strength: float = -1.0
     """Rate of decay or radius of the ball; below 0 takes what was tuned."""
     validate: bool = False
@@ -103,6 +104,7 @@ class FinetuneFlags(ComparisonFlags):
     QUICK: ClassVar = {
         **ComparisonFlags.QUICK,
         "shots": (2, 5),
+        "learning_rates": (1e-3, 3e-3, 1e-2),
         "steps_per_epoch": 10,
         "pretraining_steps": 100,
         "width": 32,
@@ -114,18 +116,35 @@ class FinetuneFlags(ComparisonFlags):
         for name in ("steps_per_epoch", "pretraining_steps", "width", "batch_size"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
         rising = self.shots == tuple(sorted(set(self.shots)))
-        positive = min(self.shots, default=0) >= 1
-        self.require("shots", rising and positive, "rising numbers from 1")
-        self.require("learning_rate", self.learning_rate >= 0, "at least 0 and finite")
+        two = len(self.shots) > 1 and self.shots[0] >= 1
+        self.require("shots", rising and two, "two or more rising numbers from 1")
+        self.require("label_noise", 0 <= self.label_noise <= 1, "from 0 to 1")
+        rates = [rate for rate in self.learning_rates if 0 < rate < 1]
+        two = len(self.learning_rates) == len(rates) > 1
+        self.require("learning_rates", two, "two or more, between 0 and 1")
         self.require("strength", self.strength < 1e9, "finite")
         both = (self.data == "digits") == (not self.target)
-        self.require(
-            "target", both, "given with a directory in `--data`, and only then"
-        )
+        self.require("target", both, "given with a directory in `--data`")
 
 
-# What is held near its start, or frozen: all but the last layer.
+# All but the last layer.
 base = eqxreg.trainable.under("hidden")
+
+
+class Case(NamedTuple):
+    """One of several trainings that go on side by side."""
+
+    shots: int
+    learning_rate: float
+    name: str
+
+
+def cases(flags: FinetuneFlags) -> list[Case]:
+    """All numbers of shots with one learning rate, and all learning rates with one
+    number of shots."""
+    usual, few = flags.learning_rates[-2], flags.shots[1]
+    shots = [Case(count, usual, f"{count}_shots") for count in flags.shots]
+    return shots + [Case(few, rate, f"at_{rate:g}") for rate in flags.learning_rates]
 
 
 def around_start(
@@ -149,19 +168,18 @@ def around_start(
 
 
 def make_optimiser(
-    name: Name, learning_rate: float, strength: float, start: PyTree
+    name: Name, learning_rate: Any, strength: float, start: PyTree, held: Any
 ) -> optax.GradientTransformation:
-    """Adam, and what holds the weights. All decay is decoupled, as in AdamW."""
+    """Adam, and what keeps the weights. All decay is decoupled, as in AdamW."""
     middle = last = optax.identity()
-    if name in ("scratch", "decay"):
+    if name == "decay":
         middle = eqxreg.weight_decay(strength, mask=eqxreg.weights)
     if name == "towards":
-        middle = eqxreg.decay_towards(start, strength, mask=base)
+        middle = eqxreg.decay_towards(start, strength, mask=held)
     if name == "ball":
-        ball = eqxreg.MaxNorm(strength, axis="unit")
-        last = around_start(eqxreg.project(ball, mask=base & eqxreg.weights))
-    step = optax.scale_by_learning_rate(learning_rate)
-    return optax.chain(optax.scale_by_adam(), middle, step, last)
+        last = around_start(eqxreg.project(eqxreg.MaxNorm(strength), mask=held))
+    scale = optax.scale_by_learning_rate(learning_rate)
+    return optax.chain(optax.scale_by_adam(), middle, scale, last)
 
 
 def loss(model: Any, batch: Batch, key: Key[Array, ""]) -> Float[Array, ""]:
@@ -172,28 +190,10 @@ def loss(model: Any, batch: Batch, key: Key[Array, ""]) -> Float[Array, ""]:
 
 
 class State(NamedTuple):
-    """Of one seed: what training changes, shots first, and what it started from."""
+    """Of one seed: what training changes, cases first, and what it started from."""
 
     several: Trained
     start: PyTree[Array]
-
-
-def pretrained(models: Any, data: Batch, keys: Key[Array, " seeds"], steps: int) -> Any:
-    """The models of all seeds after so many steps of Adam."""
-    arrays, static = eqx.partition(models, eqx.is_array)
-    adam = optax.adam(1e-3)
-    step = gradient_step(loss, lambda model: 0.0, static, adam)
-
-    def run(arrays: PyTree, key: Key[Array, ""]) -> PyTree:
-        def body(state: Trained, key: Key[Array, ""]) -> tuple[Trained, Array]:
-            rows = jr.randint(key, (64,), 0, len(data[1]))
-            return step(state, (data[0][rows], data[1][rows]), key)
-
-        params, constants = eqx.partition(arrays, eqx.is_inexact_array)
-        state = Trained(params, adam.init(params), constants)
-        return jax.lax.scan(body, state, jr.split(key, steps))[0].params
-
-    return eqx.combine(jax.jit(jax.vmap(run))(arrays, keys), static)
 
 
 def make_arm(
@@ -204,24 +204,30 @@ def make_arm(
     planner: Planner,
 ) -> Arm:
     """One way to go on from the models, one of each seed."""
-    way, shots = WAYS[name], len(flags.shots)
-    learning_rate = flags.learning_rate if flags.learning_rate else way.learning_rate
+    way = WAYS[name]
     strength = way.strength if flags.strength < 0 else flags.strength
+    rates = jnp.array([case.learning_rate for case in cases(flags)])
+    # The last layer of a network for other classes is a new one, and is not held.
+    held = base if flags.target else eqxreg.trainable
     if name == "freeze":
         models = eqx.filter_vmap(lambda model: eqxreg.freeze(model, base))(models)
     arrays, static = eqx.partition(models, eqx.is_array)
 
-    def optimiser(start: PyTree) -> optax.GradientTransformation:
-        return make_optimiser(name, learning_rate, strength, start)
+    def optimiser(rate: Any, start: PyTree) -> optax.GradientTransformation:
+        return make_optimiser(name, rate, strength, start, held)
 
     def begin(arrays: PyTree) -> State:
         params, constants = eqx.partition(arrays, eqx.is_inexact_array)
-        one = Trained(params, optimiser(params).init(params), constants)
-        return State(jax.tree.map(lambda w: jnp.stack([w] * shots), one), params)
+        one = Trained(params, optimiser(0.0, params).init(params), constants)
+        return State(jax.tree.map(lambda w: jnp.stack([w] * len(rates)), one), params)
 
     def step(state: State, batch: Batch, key: Key[Array, ""]) -> tuple[State, Array]:
-        one = gradient_step(loss, lambda model: 0.0, static, optimiser(state.start))
-        several, losses = jax.vmap(one)(state.several, batch, jr.split(key, shots))
+        def one(trained: Trained, batch: Batch, rate: Array) -> tuple[Trained, Array]:
+            transform = optimiser(rate, state.start)
+            one_step = gradient_step(loss, lambda model: 0.0, static, transform)
+            return one_step(trained, batch, key)
+
+        several, losses = jax.vmap(one)(state.several, batch, rates)
         return State(several, state.start), losses.mean()
 
     def finish(state: State) -> Any:
@@ -233,7 +239,7 @@ def make_arm(
     return Arm(name, way.label, start=start, step=step, **given)
 
 
-def make_arms(flags: FinetuneFlags, data: Transfer) -> tuple[list[Arm], Any]:
+def make_arms(flags: FinetuneFlags, data: transfer.Transfer) -> tuple[list[Arm], Any]:
     """The chosen ways, and the pretrained models of all seeds."""
     first, training = seed_keys(flags.seeds)
     folded = jax.vmap(jr.fold_in, (0, None))
@@ -248,14 +254,16 @@ def make_arms(flags: FinetuneFlags, data: Transfer) -> tuple[list[Arm], Any]:
 
     fresh, before = new(first), new(folded(first, 2))
     source = (jnp.asarray(data.source_images), jnp.asarray(data.source_labels))
-    start = pretrained(before, source, training, flags.pretraining_steps)
+    start = transfer.pretrained(before, loss, source, training, flags.pretraining_steps)
     if flags.target:  # Other classes: the last layer is of no use.
         start = eqx.tree_at(lambda model: model.readout, start, fresh.readout)
     seeds = range(flags.seeds) if not flags.validate else range(-flags.seeds, 0)
-    rows = few_rows(data.few_labels, seeds, flags.shots[-1])
+    rows = transfer.few_rows(data.few_labels, seeds, flags.shots[-1])
+    counts = tuple(case.shots for case in cases(flags))
     shape = (flags.steps_per_epoch, flags.batch_size)
-    planner = FewPlanner(training, jnp.asarray(rows), flags.shots, shape)
-    few = (jnp.asarray(data.few_images), jnp.asarray(data.few_labels))
+    planner = transfer.FewPlanner(training, jnp.asarray(rows), counts, shape)
+    labels = transfer.with_wrong_labels(data.few_labels, flags.label_noise)
+    few = (jnp.asarray(data.few_images), jnp.asarray(labels))
     return [
         make_arm(name, flags, fresh if name == "scratch" else start, few, planner)
         for name in flags.methods
@@ -266,10 +274,10 @@ def measure_on(
     images: NDArray[np.float32],
     labels: NDArray[np.int32],
     start: Any,
-    shots: tuple[int, ...],
+    flags: FinetuneFlags,
 ) -> Callable[[Any], dict[str, NDArray[np.float64]]]:
     """What `fit` asks of the finished models after each measurement, one number per
-    seed, for each number of shots: accuracy, and the norm of the way from the start."""
+    seed and case: accuracy, and how far all but the last layer went from the start."""
 
     @eqx.filter_jit
     @eqx.filter_vmap(in_axes=(eqx.if_array(0), eqx.if_array(0), None, None))
@@ -285,114 +293,106 @@ def measure_on(
     def measure(models: Any) -> dict[str, NDArray[np.float64]]:
         found = evaluate(models, start, jnp.asarray(images), jnp.asarray(labels))
         correct, distance = (np.asarray(array, np.float64) for array in found)
-        metrics = {}
-        for column, count in enumerate(shots):
-            metrics[f"accuracy_{count}_shots"] = correct[:, column] / len(labels)
-        for column, count in enumerate(shots):
-            metrics[f"distance_{count}_shots"] = distance[:, column]
-        return metrics
+        names = [case.name for case in cases(flags)]
+        shares = {f"accuracy_{name}": correct[:, i] for i, name in enumerate(names)}
+        ways = {f"distance_{name}": distance[:, i] for i, name in enumerate(names)}
+        return {name: n / len(labels) for name, n in shares.items()} | ways
 
     return measure
 
 
-def note(results: Mapping[str, Any], shots: tuple[int, ...]) -> str:
+def note(results: Mapping[str, Any], flags: FinetuneFlags) -> str:
     """What to take home."""
-    if not {"scratch", "plain", "towards", "start"} <= results.keys():
+    if not {"plain", "towards", "freeze"} <= results.keys():
         return ""
-    few, many = (
-        {
-            name: f"{100 * results[name][f'accuracy_{count}_shots']['mean']:.1f}"
-            for name in results
-        }
-        for count in (shots[0], shots[-1])
+    usual, small = (
+        [
+            f"{100 * results[name][f'accuracy_at_{rate:g}']['mean']:.0f}"
+            for name in ("plain", "towards", "freeze")
+        ]
+        for rate in (flags.learning_rates[-2], flags.learning_rates[0])
     )
     return (
-        f"{shots[0]} labels a class: scratch {few['scratch']} %, plain {few['plain']}, "
-        f"towards the start {few['towards']}. {shots[-1]}: {many['scratch']}, "
-        f"{many['plain']}, {many['towards']}. Not tuned: {few['start']}."
+        f"{flags.shots[1]} labels a class: plain {usual[0]} %, held near the start "
+        f"{usual[1]}, frozen {usual[2]}. At the smallest rate {', '.join(small)}."
     )
 
 
 def figure(
-    title: str,
-    text: str,
-    results: Mapping[str, Any],
-    histories: Mapping[str, History],
-    flags: FinetuneFlags,
+    title: str, text: str, results: Mapping[str, Any], flags: FinetuneFlags
 ) -> bytes:
-    """A PNG: errors by the number of labels, and the way from the start by steps."""
+    """A PNG: accuracy by the number of labels, and by the distance from the start."""
+    colours = dict(zip(flags.methods, show.COLOURS, strict=False))
+    rates = [f"at_{rate:g}" for rate in flags.learning_rates]
 
-    def errors(axes: Axes) -> None:
-        for name, colour in zip(histories, show.COLOURS, strict=False):
-            metrics = [results[name][f"accuracy_{k}_shots"] for k in flags.shots]
-            mean = np.array([100 * (1 - metric["mean"]) for metric in metrics])
-            error = [100 * (metric["standard_error"] or 0) for metric in metrics]
+    def means(name: str, metrics: list[str], key: str = "mean") -> list[float]:
+        return [results[name][metric][key] or 0.0 for metric in metrics]
+
+    def by_shots(axes: Axes) -> None:
+        for name, colour in colours.items():
+            metrics = [f"accuracy_{count}_shots" for count in flags.shots]
+            mean, error = means(name, metrics), means(name, metrics, "standard_error")
             style = {"color": colour, "lw": 1.8, "marker": "o", "ms": 4, "capsize": 3}
-            axes.errorbar(
-                flags.shots, mean, error, label=results[name]["label"], **style
-            )
-        axes.set(xscale="log", yscale="log", title="Test error, %")
-        low, high = axes.get_ylim()
-        axes.set(xlabel="labelled images of each class")
+            label = results[name]["label"]
+            axes.errorbar(np.array(flags.shots), mean, error, label=label, **style)
+        axes.set_xscale("log")
         axes.set_xticks(flags.shots, [str(count) for count in flags.shots])
-        ticks = (5, 7, 10, 15, 20, 30, 40, 60, 90)
-        axes.set_yticks(ticks, [str(tick) for tick in ticks])
-        axes.set_ylim(low, high)
         axes.minorticks_off()
         axes.grid(axis="y", color="0.9")
-        axes.legend(loc="upper right", fontsize=10, frameon=False)
+        axes.set(title=f"Test accuracy, learning rate {flags.learning_rates[-2]:g}")
+        axes.set(xlabel="labelled images of each class")
+        axes.legend(loc="lower right", fontsize=10, frameon=False)
 
-    def distances(axes: Axes) -> None:
-        count = flags.shots[0]
-        for name, colour in zip(histories, show.COLOURS, strict=False):
+    def by_distance(axes: Axes) -> None:
+        for name, colour in colours.items():
             if name != "scratch":
-                rows = histories[name][f"distance_{count}_shots"].mean(axis=1)
-                steps = flags.steps_per_epoch * np.arange(len(rows) + 1)
-                axes.plot(steps, np.append(0, rows), color=colour, lw=1.8)
-        title = f"Distance from the start, {count} of each class"
-        axes.set(title=title, xlabel="step", ylim=(0, None))
+                away = means(name, [f"distance_{rate}" for rate in rates])
+                found = means(name, [f"accuracy_{rate}" for rate in rates])
+                axes.plot(away, found, color=colour, marker="o", lw=1.2)
+        low, *_, high = flags.learning_rates
+        axes.set(title=f"The same, {flags.shots[1]} of each class, by distance")
+        axes.set(xlabel=f"distance from the start; learning rates {low:g} to {high:g}")
         axes.grid(axis="y", color="0.9")
 
-    return show.drawn(title, text, errors, distances)
+    return show.drawn(title, text, by_shots, by_distance)
 
 
 def train(flags: FinetuneFlags) -> None:
     """Trains all ways, writes the results and prints the table."""
-    own = (Path(flags.data), Path(flags.target))
-    data = dirty_digits() if flags.data == "digits" else idx_transfer(*own)
+    data = transfer.load(flags.data, flags.target)
     most = int(np.bincount(data.few_labels, minlength=CLASSES).min())
     flags.require("shots", flags.shots[-1] <= most, f"at most {most} here")
     held_out = data.validation if flags.validate else data.test
     with output_directory(flags.out):
         checkpoint = Checkpoint(flags, data.describe())
         arms, start = make_arms(flags, data)
-        measure = measure_on(*held_out, start, flags.shots)
+        measure = measure_on(*held_out, start, flags)
         with show.progress(len(arms) * (flags.epochs + 1)) as advance:
             _, histories = fit(arms, measure, flags, checkpoint, advance)
         results = {arm.name: report.summarise(arm, histories[arm.name]) for arm in arms}
-        same = eqx.filter_vmap(
-            lambda m: jax.tree.map(lambda w: jnp.stack([w] * len(flags.shots)), m)
-        )
+        weights, rest = eqx.partition(start, eqx.is_array)
+        several = lambda w: jnp.stack([w] * len(cases(flags)), axis=1)
+        untuned = measure(eqx.combine(jax.tree.map(several, weights), rest))
         results["start"] = {
             "label": "not tuned at all",
-            **{k: report.summary(v) for k, v in measure(same(start)).items()},
+            **{metric: report.summary(found) for metric, found in untuned.items()},
             "seconds": {"training": 0.0},
         }
-        title = f"{data.name}: few labels, {flags.seeds} seeds"
+        noise = f"{100 * flags.label_noise:.0f} % of them at random"
+        title = f"{data.name}: few labels, {noise}, {flags.seeds} seeds"
         report.save(
             flags,
             data=data.describe(),
             histories=histories,
             results=results,
-            figure=figure(title, note(results, flags.shots), results, histories, flags),
+            figure=figure(title, note(results, flags), results, flags),
         )
     header = ("way", *(f"{count} a class, %" for count in flags.shots), "distance")
-    body = []
+    body, metrics = [], [f"accuracy_{count}_shots" for count in flags.shots]
     for result in results.values():
-        accuracies = [result[f"accuracy_{count}_shots"] for count in flags.shots]
-        cells = [show.plus_minus(accuracy, 100, 1) for accuracy in accuracies]
-        away = f"{result[f'distance_{flags.shots[0]}_shots']['mean']:.2f}"
-        body.append((result["label"], *cells, away))
+        cells = [show.plus_minus(result[metric], 100, 1) for metric in metrics]
+        away = result[f"distance_{flags.shots[1]}_shots"]["mean"]
+        body.append((result["label"], *cells, f"{away:.2f}"))
     show.print_rows(title, header, body, f"All numbers are in {flags.out}.")
 
 

@@ -5,15 +5,17 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Int, Key
+import optax
+from jaxtyping import Array, Int, Key, PyTree
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
-from common.arm import Plan, Planner
+from common.arm import Batch, Loss, Plan, Planner, State, gradient_step
 from common.data import CLASSES, idx_directory
 from common.run import Failure
 
@@ -45,6 +47,13 @@ class Transfer:
             "test_images": len(self.test[1]),
             "checksum": f"{checksum:08x}",
         }
+
+
+def load(source: str, target: str) -> Transfer:
+    """What `--data` and `--target` name: `digits`, or two directories of IDX files."""
+    if source == "digits":
+        return dirty_digits()
+    return idx_transfer(Path(source), Path(target))
 
 
 def dirty_digits() -> Transfer:
@@ -89,6 +98,15 @@ def idx_transfer(source: Path, target: Path) -> Transfer:
     )
 
 
+def with_wrong_labels(labels: NDArray[np.int32], share: float) -> NDArray[np.int32]:
+    """The same, with a share of them drawn anew at random."""
+    rng = np.random.default_rng(4)
+    wrong = rng.permutation(len(labels))[: round(share * len(labels))]
+    labels = labels.copy()
+    labels[wrong] = rng.integers(CLASSES, size=len(wrong))
+    return labels
+
+
 def few_rows(labels: NDArray[np.int32], seeds: range, most: int) -> NDArray[np.int64]:
     """For each seed the rows of `most` images of each class: one of each, then again
     one of each."""
@@ -98,6 +116,26 @@ def few_rows(labels: NDArray[np.int32], seeds: range, most: int) -> NDArray[np.i
         rows = [rng.permutation(np.flatnonzero(labels == c)) for c in range(CLASSES)]
         found.append(np.stack([own[:most] for own in rows], axis=1).ravel())
     return np.stack(found)
+
+
+def pretrained(
+    models: Any, loss: Loss, data: Batch, keys: Key[Array, " seeds"], steps: int
+) -> Any:
+    """The models of all seeds after so many steps of Adam."""
+    arrays, static = eqx.partition(models, eqx.is_array)
+    adam = optax.adam(1e-3)
+    step = gradient_step(loss, lambda model: 0.0, static, adam)
+
+    def run(arrays: PyTree, key: Key[Array, ""]) -> PyTree:
+        def body(state: State, key: Key[Array, ""]) -> tuple[State, Array]:
+            rows = jr.randint(key, (64,), 0, len(data[1]))
+            return step(state, (data[0][rows], data[1][rows]), key)
+
+        params, constants = eqx.partition(arrays, eqx.is_inexact_array)
+        state = State(params, adam.init(params), constants)
+        return jax.lax.scan(body, state, jr.split(key, steps))[0].params
+
+    return eqx.combine(jax.jit(jax.vmap(run))(arrays, keys), static)
 
 
 class FewPlanner(Planner):
