@@ -126,10 +126,10 @@ LABELS: dict[Name, str] = {
 
 # Learning rate, and the share of it that the recurrent weights have.
 TUNED: dict[Name, tuple[float, float]] = {
-    "tanh": (1e-2, 0.1),
+    "tanh": (3e-2, 0.1),
     "start": (1e-2, 0.1),
     "orthogonal": (3e-3, 0.1),
-    "gru": (1e-2, 0.1),
+    "gru": (3e-2, 0.1),
 }
 
 
