@@ -30,6 +30,9 @@ class State(NamedTuple):
 
     params: PyTree[Array]
     opt_state: PyTree[Array]
+    # What it does not change, but may be another for each seed: frozen arrays, and what
+    # a map holds, such as the base of `Cayley`.
+    constants: PyTree[Array] = None
 
 
 Batch: TypeAlias = PyTree[Array]
@@ -94,20 +97,21 @@ def gradient_step(
 ) -> Step:
     """A step down the gradient of loss and penalty, which reports the loss alone.
 
-    The model is cut in two, as usual in Equinox: `static` is what is not trained.
+    The model is cut up, as usual in Equinox: `static` is what is no array.
     """
 
     def step(
         state: State, batch: Batch, key: Key[Array, ""]
     ) -> tuple[State, Float[Array, ""]]:
         def objective(params: PyTree) -> tuple[Float[Array, ""], Float[Array, ""]]:
-            model = eqx.combine(params, static)
+            model = eqx.combine(params, state.constants, static)
             value = loss(model, batch, key)
             return value + penalty(model), value
 
         gradients, value = jax.grad(objective, has_aux=True)(state.params)
         updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
-        return State(eqx.apply_updates(state.params, updates), opt_state), value
+        params = eqx.apply_updates(state.params, updates)
+        return State(params, opt_state, state.constants), value
 
     return step
 
@@ -207,13 +211,19 @@ def supervised(
     - `name`, `data`, `planner`: see `Arm`.
     """
     wrapped = eqx.filter_vmap(method.wrap)(models)
-    params, static = eqx.partition(wrapped, eqx.is_inexact_array)
+    arrays, static = eqx.partition(wrapped, eqx.is_array)
+    params, constants = eqx.partition(arrays, eqx.is_inexact_array)
+    opt_state = jax.jit(jax.vmap(method.optimiser.init))(params)
+
+    def finish(state: State) -> Any:
+        return method.finish(eqx.combine(state.params, state.constants, static))
+
     return Arm(
         name,
         method.label,
-        start=State(params, jax.jit(jax.vmap(method.optimiser.init))(params)),
+        start=State(params, opt_state, constants),
         step=gradient_step(loss, method.penalty, static, method.optimiser),
-        finish=lambda state: method.finish(eqx.combine(state.params, static)),
+        finish=finish,
         data=data,
         planner=planner,
     )
