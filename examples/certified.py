@@ -99,6 +99,7 @@ class CertifiedFlags(ComparisonFlags):
         "width": 256,
         "depth": 3,
         "epochs": 12,
+        "save_every": 1,
         "batch_size": 256,
         "small_offset": 1.0,
         "large_offset": 3.5,
