@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import digits
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from common.arm import Arm
+from common.loop import named_leaves
 from common.run import main
 
 
@@ -77,6 +81,14 @@ def saved_arrays(out: Path) -> dict[str, np.ndarray]:
     """The arrays in the checkpoint, by name."""
     with np.load(out / "checkpoint.npz") as archive:
         return dict(archive)
+
+
+def saved_state(arm: Arm, out: Path) -> Any:
+    """The state of an arm in the checkpoint."""
+    saved = saved_arrays(out)
+    named = named_leaves(arm.name, arm.start)
+    leaves = [jnp.asarray(saved[name], leaf.dtype) for name, leaf in named.items()]
+    return jax.tree.unflatten(jax.tree.structure(arm.start), leaves)
 
 
 @contextlib.contextmanager
