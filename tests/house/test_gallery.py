@@ -57,6 +57,17 @@ def test_what_a_page_asks_for_has_to_be_there(gallery):
     assert gallery.with_results("# A page\n") == "# A page\n"
 
 
+def test_wrong_labels_are_learnt_by_heart_unless_weights_are_bounded():
+    found = results("digits")
+    assert found["flags"]["label_noise"] == 0.4
+    accuracy = {
+        name: result["test_accuracy"]["mean"]
+        for name, result in found["methods"].items()
+    }
+    assert accuracy.pop("none") < 0.75
+    assert all(share > 0.92 for share in accuracy.values())
+
+
 def test_sorted_units_find_the_distance_and_others_do_not():
     found = {
         name: result["estimate"]
