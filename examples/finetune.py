@@ -55,12 +55,12 @@ class Way(NamedTuple):
 
 
 WAYS: dict[Name, Way] = {
-    "scratch": Way("from scratch"),
-    "plain": Way("plain fine-tuning"),
+    "scratch": Way("scratch"),
+    "plain": Way("plain"),
     "decay": Way("decay to zero", 0.3),
-    "towards": Way("decay towards the start", 100.0),
-    "ball": Way("ball around the start", 0.2),
-    "freeze": Way("all but the last layer frozen"),
+    "towards": Way("decay to start", 100.0),
+    "ball": Way("ball", 0.2),
+    "freeze": Way("frozen"),
 }
 
 
@@ -374,7 +374,7 @@ def train(flags: FinetuneFlags) -> None:
         several = lambda w: jnp.stack([w] * len(cases(flags)), axis=1)
         untuned = measure(eqx.combine(jax.tree.map(several, weights), rest))
         results["start"] = {
-            "label": "not tuned at all",
+            "label": "not tuned",
             **{metric: report.summary(found) for metric, found in untuned.items()},
             "seconds": {"training": 0.0},
         }
@@ -387,7 +387,7 @@ def train(flags: FinetuneFlags) -> None:
             results=results,
             figure=figure(title, note(results, flags), results, flags),
         )
-    header = ("way", *(f"{count} a class, %" for count in flags.shots), "distance")
+    header = ("way", *(f"{count} each, %" for count in flags.shots), "distance")
     body, metrics = [], [f"accuracy_{count}_shots" for count in flags.shots]
     for result in results.values():
         cells = [show.plus_minus(result[metric], 100, 1) for metric in metrics]

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from common import transfer
+from scripts import ROOT
 from trainer import (
     assert_one_line,
     numbers,
@@ -217,6 +218,35 @@ def test_from_one_directory_of_images_to_another(tmp_path):
 )
 def test_a_wrong_flag_is_one_clear_line(tmp_path, flags, message):
     assert_one_line(run("--out", tmp_path / "new", *flags), message, code=2)
+
+
+@pytest.fixture(scope="module")
+def published():
+    path = ROOT / "docs" / "gallery" / "finetune.json"
+    methods = strict_json(path)["methods"]
+    return lambda name, metric: 100 * methods[name][f"accuracy_{metric}"]["mean"]
+
+
+HELD = ("towards", "ball", "freeze")
+RATES = ("at_0.0001", "at_0.0003", "at_0.001", "at_0.003")
+
+
+def test_the_page_has_what_it_says_of_the_usual_learning_rate(published):
+    for shots in ("2_shots", "5_shots", "10_shots", "20_shots"):
+        plain = published("plain", shots)
+        assert abs(published("decay", shots) - plain) < 2
+        assert all(published(name, shots) > plain + 3 for name in HELD)
+        assert published("scratch", shots) < plain - 10
+
+
+def test_the_page_has_what_it_says_of_small_learning_rates(published):
+    plain = [published("plain", rate) for rate in RATES]
+    assert plain == sorted(plain, reverse=True) and plain[0] > plain[-1] + 10
+    best = max(published(name, rate) for name in HELD for rate in RATES)
+    assert best - 4 < plain[0] < best
+    for name in ("towards", "ball"):
+        found = [published(name, rate) for rate in RATES]
+        assert max(found) - min(found) < 4
 
 
 def test_the_note_says_what_was_found():
