@@ -119,8 +119,8 @@ class RecurrentFlags(ComparisonFlags):
 
 LABELS: dict[Name, str] = {
     "tanh": "plain, tanh",
-    "start": "orthogonal at the start",
-    "orthogonal": "orthogonal throughout",
+    "start": "orthogonal start",
+    "orthogonal": "orthogonal",
     "gru": "GRU",
 }
 
@@ -380,7 +380,7 @@ def train(flags: RecurrentFlags) -> None:
             results=results,
             figure=figure(title, text, task.baseline, histories, signals),
         )
-    header = ("network", "loss", "right, %", "gradient", "not orthogonal", "seconds")
+    header = ("network", "loss", "right, %", "gradient", "distance", "seconds")
     rows = [
         (
             result["label"],
