@@ -27,10 +27,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
 
-# Before JAX is imported. Decompositions of several matrices at once, as of all seeds,
-# wait for threads of a pool, on which they may run themselves: with two threads, as on
-# two cores, they can wait for ever. And small ones are slower on threads of their own.
-os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
+# Before JAX is imported: decompositions of small matrices are slower on threads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import equinox as eqx
