@@ -64,17 +64,17 @@ class GanFlags(ComparisonFlags):
     """Units in each hidden layer, of the generator and of the critic."""
     depth: int = 2
     """Number of hidden layers of both."""
-    epochs: int = 200
+    epochs: int = 100
     """Number of passes through the training set."""
     save_every: int = 50
     """Number of epochs between checkpoints; there is always one at the end."""
     batch_size: int = 64
     """Real images in a step, and made ones."""
-    none_rates: tuple[float, float] = (6e-4, 3e-3)
+    none_rates: tuple[float, float] = (1e-2, 1e-2)
     """`none`: Adam's learning rates, of the generator and of the critic."""
     clip_rates: tuple[float, float] = (2e-4, 1e-3)
     """`clip`: the same."""
-    spectral_rates: tuple[float, float] = (2e-4, 1e-3)
+    spectral_rates: tuple[float, float] = (1e-4, 5e-4)
     """`spectral`: the same."""
     clip: float = 0.03
     """`clip`: the largest absolute value of a weight of the critic."""
