@@ -285,7 +285,7 @@ def figure(title: str, text: str, found: list[Found], largest: float) -> bytes:
             )
         axes.set(xscale="log", yscale="log", xlabel="radius that is certified")
         axes.set(title="Nearest image of another class that was found")
-        low = max(min(axes.get_xlim()[0], axes.get_ylim()[0]), 1e-3)
+        low = max(min(axes.get_xlim()[0], axes.get_ylim()[0]), 1e-4)
         high = 2 * largest
         axes.plot([low, high], [low, high], color="0.25", lw=1, ls="--")
         axes.set(xlim=(low, high), ylim=(low, high))
@@ -300,7 +300,8 @@ def figure(title: str, text: str, found: list[Found], largest: float) -> bytes:
             transform_rotates_text=True,
             color="0.25",
         )
-        axes.legend(loc="upper left", frameon=False, markerscale=3, fontsize=10)
+        place = {"loc": "center left", "bbox_to_anchor": (0, 0.55)}
+        axes.legend(frameon=False, markerscale=3, fontsize=10, **place)
 
     return show.drawn(title, text, accuracy, tightness)
 

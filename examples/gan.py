@@ -289,8 +289,8 @@ def note(results: Mapping[str, Any]) -> str:
     norms = [none[name]["mean"] for name in none if name.startswith("norm_")]
     far = [result["energy_distance"]["mean"] for result in (none, spectral)]
     return (
-        f"Without a bound the critic's layers reach norms of {max(norms):.0f}, and the "
-        f"samples are {far[0]:.2f} from real images; with norms of 1, {far[1]:.2f}."
+        f"Without a bound the critic reaches norms of {max(norms):.0f}, and samples "
+        f"are {far[0]:.3f} from real images; with norms of 1, {far[1]:.3f}."
     )
 
 
@@ -348,7 +348,8 @@ def figure(
         axes.set(yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
-        axes.legend(loc="best", frameon=False)
+        axes.set_ylim(top=2 * axes.get_ylim()[1])
+        axes.legend(loc="upper left", ncols=4, frameon=False)
         axes.grid(axis="y", color="0.9")
 
     return show.drawn(title, text, grids, norms)
@@ -359,6 +360,7 @@ def train(flags: GanFlags) -> None:
     images = load(flags.data, flags.split_seed)
     count = len(images.train_labels)
     flags.require("batch_size", flags.batch_size <= count, f"at most {count} here")
+    flags.require("data", images.features**0.5 % 1 == 0, "of square images")
     with output_directory(flags.out):
         checkpoint = Checkpoint(flags, images.describe())
         arms = make_arms(flags, images)
