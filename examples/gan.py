@@ -64,17 +64,17 @@ class GanFlags(ComparisonFlags):
     """Units in each hidden layer, of the generator and of the critic."""
     depth: int = 2
     """Number of hidden layers of both."""
-    epochs: int = 200
+    epochs: int = 100
     """Number of passes through the training set."""
     save_every: int = 50
     """Number of epochs between checkpoints; there is always one at the end."""
     batch_size: int = 64
     """Real images in a step, and made ones."""
-    none_rates: tuple[float, float] = (6e-4, 3e-3)
+    none_rates: tuple[float, float] = (1e-2, 1e-2)
     """`none`: Adam's learning rates, of the generator and of the critic."""
     clip_rates: tuple[float, float] = (2e-4, 1e-3)
     """`clip`: the same."""
-    spectral_rates: tuple[float, float] = (2e-4, 1e-3)
+    spectral_rates: tuple[float, float] = (1e-4, 5e-4)
     """`spectral`: the same."""
     clip: float = 0.03
     """`clip`: the largest absolute value of a weight of the critic."""
@@ -289,8 +289,8 @@ def note(results: Mapping[str, Any]) -> str:
     norms = [none[name]["mean"] for name in none if name.startswith("norm_")]
     far = [result["energy_distance"]["mean"] for result in (none, spectral)]
     return (
-        f"Without a bound the critic's layers reach norms of {max(norms):.0f}, and the "
-        f"samples are {far[0]:.2f} from real images; with norms of 1, {far[1]:.2f}."
+        f"Without a bound the critic reaches norms of {max(norms):.0f}, and samples "
+        f"are {far[0]:.3f} from real images; with norms of 1, {far[1]:.3f}."
     )
 
 
@@ -348,7 +348,8 @@ def figure(
         axes.set(yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
-        axes.legend(loc="best", frameon=False)
+        axes.set_ylim(top=2 * axes.get_ylim()[1])
+        axes.legend(loc="upper left", ncols=4, frameon=False)
         axes.grid(axis="y", color="0.9")
 
     return show.drawn(title, text, grids, norms)
@@ -359,6 +360,7 @@ def train(flags: GanFlags) -> None:
     images = load(flags.data, flags.split_seed)
     count = len(images.train_labels)
     flags.require("batch_size", flags.batch_size <= count, f"at most {count} here")
+    flags.require("data", images.features**0.5 % 1 == 0, "of square images")
     with output_directory(flags.out):
         checkpoint = Checkpoint(flags, images.describe())
         arms = make_arms(flags, images)

@@ -1,6 +1,7 @@
 """`examples/certified.py`: no attack is below the certificate, and numpy agrees."""
 
 import functools as ft
+from pathlib import Path
 
 import certified
 import equinox as eqx
@@ -200,3 +201,44 @@ def test_the_note_says_what_was_found():
     assert "Moved by 1.58, 65 % of the images are certain" in text
     assert "Without constraints: 0 %, and an attack leaves 3 %." in text
     assert certified.note({"free": results["free"]}, 1.58) == ""
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "gallery"
+
+
+@pytest.fixture(scope="module")
+def published():
+    """What the page of the gallery shows: MNIST."""
+    return strict_json(PAGE / "certified.json")
+
+
+def test_the_page_shows_the_best_certificates_of_networks_of_its_size(published):
+    assert published["data"]["test_images"] == 10_000
+    small, large = (published["methods"][name] for name in ("small", "large"))
+    assert large["certified_at_1.58"]["mean"] >= 0.64
+    assert large["test_accuracy"]["mean"] >= 0.96
+    assert small["certified_at_0.3"]["mean"] >= 0.962
+    assert small["test_accuracy"]["mean"] >= 0.986
+    for result in (small, large):
+        assert 1 <= result["lipschitz_bound"]["largest"] <= 1.0001
+
+
+def test_the_page_is_right_about_the_network_without_constraints(published):
+    free = published["methods"]["free"]
+    assert free["certified_at_0.1"]["largest"] == 0
+    assert 1000 < free["lipschitz_bound"]["mean"] < 10_000
+    assert free["attacked_at_0.1"]["mean"] > 0.9
+    assert free["attacked_at_1.58"]["mean"] < 0.15
+    accuracy = published["methods"]["small"]["test_accuracy"]["mean"]
+    assert free["test_accuracy"]["mean"] == pytest.approx(accuracy, abs=0.005)
+
+
+def test_no_published_attack_is_below_its_certificate(published):
+    for result in published["methods"].values():
+        for radius in published["flags"]["radii"]:
+            for certain, left in zip(
+                result[f"certified_at_{radius:g}"]["seeds"],
+                result[f"attacked_at_{radius:g}"]["seeds"],
+                strict=True,
+            ):
+                assert certain <= left

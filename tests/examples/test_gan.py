@@ -1,8 +1,10 @@
 """`examples/gan.py`: norms of the critics, checked in float64, and its measures."""
 
 import functools as ft
+from pathlib import Path
 
 import gan
+import idx
 import jax
 import numpy as np
 import pytest
@@ -159,6 +161,13 @@ def test_a_wrong_flag_is_one_clear_line(tmp_path, flags, message):
     assert_one_line(run("--out", tmp_path / "new", *flags), message, code=2)
 
 
+def test_images_that_are_not_square_are_refused(tmp_path):
+    idx.write(tmp_path, compress=False)
+    flags = ("--data", tmp_path, "--batch-size", 20)
+    outcome = run("--out", tmp_path / "new", *flags)
+    assert_one_line(outcome, "--data must be of square images", code=2)
+
+
 def test_the_note_says_what_was_found():
     results = {
         name: {
@@ -169,6 +178,23 @@ def test_the_note_says_what_was_found():
         for name, far, norm in (("none", 0.4, 22.6), ("spectral", 0.02, 1.0))
     }
     text = gan.note(results)
-    assert "norms of 23, and the samples are 0.40 from real images" in text
-    assert "with norms of 1, 0.02." in text
+    assert "norms of 23, and samples are 0.400 from real images" in text
+    assert "with norms of 1, 0.020." in text
     assert gan.note({"none": results["none"]}) == ""
+
+
+def test_the_page_is_right_about_what_was_found():
+    page = Path(__file__).parents[2] / "docs" / "gallery" / "gan.json"
+    published = strict_json(page)
+    assert published["data"]["name"] == "digits" and published["flags"]["seeds"] == 5
+    methods = published["methods"]
+    far = {name: result["energy_distance"] for name, result in methods.items()}
+    assert far["none"]["mean"] > 2 * far["spectral"]["mean"]
+    assert far["spectral"]["mean"] < far["clip"]["mean"] < far["none"]["mean"]
+    assert max(far["spectral"]["seeds"]) < min(far["none"]["seeds"])
+    assert all(9 < result["classes"]["mean"] < 9.8 for result in methods.values())
+    assert methods["none"]["norm_1"]["mean"] > 10
+    assert methods["clip"]["norm_2"]["mean"] > 3
+    for layer in (1, 2, 3):
+        norms = methods["spectral"][f"norm_{layer}"]["seeds"]
+        np.testing.assert_allclose(norms, 1, rtol=1e-3)
