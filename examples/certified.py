@@ -29,6 +29,8 @@ from typing import Any, ClassVar, Literal, TypeAlias
 # wait for threads of a pool, on which they may run themselves: with two threads, as on
 # two cores, they can wait for ever.
 os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
+# The matrices are small: threads of LAPACK's own would only spin.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import equinox as eqx
 import eqxreg
