@@ -1,29 +1,31 @@
 """Train a generator against a critic, with and without a bound on the critic.
 
 The critic of a generative adversarial network tells real images from made ones, and the
-generator goes up its slope. Without a bound the critic's weights grow, and so does the
-slope that the generator is given. Spectral normalisation divides each weight by its
+generator goes up its slope. Without a bound the critic's weights grow, and with them
+the slope. Spectral normalisation divides each weight by its
 largest singular value, so that the critic stretches no distance.
 
 - `none`: nothing is done to the critic;
-- `clip`: after each update its weights are clipped to a range, as in the first
-  Wasserstein networks;
-- `spectral`: each of its layers is in a `SpectralNormConstraint`, which remembers
-  singular vectors from step to step.
+- `clip`: its weights are clipped to a range after each update;
+- `spectral`: its layers are in a `SpectralNormConstraint`, which remembers vectors.
 
-All have the same generators, critics, loss (the hinge) and images. How near samples are
-to images that were not trained on is the energy distance of the two sets of pixels; how
-many classes are made is asked of a classifier of the real images.
+How near samples are to images that were not trained on is the energy distance of the
+two sets; how many classes are made is asked of a classifier of the real images.
 
-See Miyato, Kataoka, Koyama and Yoshida, "Spectral Normalization for Generative
-Adversarial Networks", ICLR 2018. Run `python examples/gan.py --help` for all flags.
+See Miyato et al., "Spectral Normalization for Generative Adversarial Networks", ICLR
+2018. Run `python examples/gan.py --help` for all flags.
 """
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+
+
+# Before NumPy is imported. The matrices are small, and threads that wait would spin.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import equinox as eqx
 import eqxreg
@@ -122,11 +124,9 @@ def perceptron(sizes: list[int], key: Key[Array, ""], wrap: Any) -> eqx.nn.Seque
 
 def make_critic(spectral: bool, sizes: list[int], key: Key[Array, ""]) -> Any:
     """A number for an image. Its call takes a state, and gives it back renewed."""
-
-    def wrap(linear: eqx.nn.Linear, key: Key[Array, ""]) -> Any:
-        return eqxreg.SpectralNormConstraint(linear, key=key) if spectral else linear
-
-    return perceptron(sizes, key, wrap)
+    plain = lambda linear, key: linear
+    bounded = lambda linear, key: eqxreg.SpectralNormConstraint(linear, key=key)
+    return perceptron(sizes, key, bounded if spectral else plain)
 
 
 def make_generator(sizes: list[int], key: Key[Array, ""]) -> eqx.nn.Sequential:

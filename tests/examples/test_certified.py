@@ -212,7 +212,7 @@ def published():
     return strict_json(PAGE / "certified.json")
 
 
-def test_the_page_shows_the_best_certificates_of_networks_of_its_size(published):
+def test_the_published_networks_certify_what_was_asked_of_them(published):
     assert published["data"]["test_images"] == 10_000
     small, large = (published["methods"][name] for name in ("small", "large"))
     assert large["certified_at_1.58"]["mean"] >= 0.64
