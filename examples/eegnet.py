@@ -72,7 +72,7 @@ class EEGNetFlags(ComparisonFlags):
     """Examples in a step."""
     learning_rate: float = 3e-3
     """Adam's, constant."""
-    relative_bound: float = 0.5
+    relative_bound: float = 1.0
     """`relative`: the bound on each norm, in units of what it was at first."""
     decay_rate: float = 0.1
     """`decay`: the rate of weight decay, which the learning rate multiplies."""

@@ -27,10 +27,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
 
-# Before JAX is imported. Decompositions of several matrices at once, as of all seeds,
-# wait for threads of a pool, on which they may run themselves: with two threads, as on
-# two cores, they can wait for ever. And small ones are slower on threads of their own.
-os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
+# Before JAX is imported: decompositions of small matrices are slower on threads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import equinox as eqx
@@ -119,8 +116,8 @@ class RecurrentFlags(ComparisonFlags):
 
 LABELS: dict[Name, str] = {
     "tanh": "plain, tanh",
-    "start": "orthogonal at the start",
-    "orthogonal": "orthogonal throughout",
+    "start": "orthogonal start",
+    "orthogonal": "orthogonal",
     "gru": "GRU",
 }
 
@@ -380,7 +377,7 @@ def train(flags: RecurrentFlags) -> None:
             results=results,
             figure=figure(title, text, task.baseline, histories, signals),
         )
-    header = ("network", "loss", "right, %", "gradient", "not orthogonal", "seconds")
+    header = ("network", "loss", "right, %", "gradient", "distance", "seconds")
     rows = [
         (
             result["label"],

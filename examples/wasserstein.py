@@ -17,9 +17,14 @@ Run `python examples/wasserstein.py --help` for all flags.
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
+
+
+# Before JAX is imported: decompositions of small matrices are slower on threads.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import equinox as eqx
 import eqxreg

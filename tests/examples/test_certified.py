@@ -24,6 +24,9 @@ from trainer import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 run = ft.partial(run_of, certified.CertifiedFlags, certified.train, "--quick")
 METHODS = ["free", "small", "large"]
 RADII = (0.1, 0.5)

@@ -1,6 +1,7 @@
 """`examples/eegnet.py`: its network against a plain one, and its bounds."""
 
 import functools as ft
+import json
 
 import eegnet
 import equinox as eqx
@@ -10,7 +11,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+import quick
 from common.eegnet import EEGNet, Filters, SpatialFilters, pooled
+from scripts import ROOT
 from trainer import (
     assert_one_line,
     numbers,
@@ -43,6 +46,7 @@ def run(tmp_path_factory):
         test_labels=test_labels,
     )
     flags = ("--quick", "--data", path, "--average", 2, "--filter-length", 6)
+    flags += ("--relative-bound", 0.5)
     return ft.partial(run_of, eegnet.EEGNetFlags, eegnet.train, *flags)
 
 
@@ -136,11 +140,11 @@ def test_means_of_neighbours_leave_out_a_rest():
 def test_statistics_are_of_the_batch_in_training_and_kept_for_inference(key):
     model, state = eqx.nn.make_with_state(new_network)(key)
     x = 5 + jr.normal(key, (6, 3, 40))
-    over_batch = lambda m: jax.vmap(m, (0, None, 0), (0, None), axis_name="batch")
-    keys = jr.split(key, 6)
-    logits, after = over_batch(model)(x, state, keys)
+    over = {"in_axes": (0, None, 0), "out_axes": (0, None), "axis_name": "batch"}
+    trained = quick.filter_jit(lambda *given: jax.vmap(model, **over)(*given))
+    logits, after = trained(x, state, jr.split(key, 6))
     assert logits.shape == (6, 3)
-    tested = eqx.nn.inference_mode(model)
+    tested = quick.filter_jit(lambda x, state: eqx.nn.inference_mode(model)(x, state))
     before, _ = tested(x[0], state)
     later, unchanged = tested(x[0], after)
     assert not np.allclose(before, later)
@@ -204,3 +208,45 @@ def test_the_note_says_what_was_found(norm, says):
         f"norm is {norm:.2f}. Accuracy: 50.0 % without bounds, 45.0 % with them."
     )
     assert eegnet.note({"none": histories["none"]}) == ""
+
+
+def on_page(name):
+    text = (ROOT / "docs" / "gallery" / f"{name}.json").read_text(encoding="utf-8")
+    return json.loads(text)["methods"]
+
+
+@pytest.mark.parametrize("name", ["eegnet", "eegnet-scp1"])
+def test_the_pages_are_right_about_what_binds(name):
+    found = on_page(name)
+    assert found["paper"]["spatial_norm"]["largest"] < 0.9
+    assert found["none"]["spatial_norm"]["largest"] < 1
+    assert min(found["paper"]["classifier_norm"]["seeds"]) > 0.2499
+    first = found["relative"]["classifier_norm"]["largest"]
+    assert first < 0.8 * min(found["none"]["classifier_norm"]["seeds"])
+
+
+def differences(name):
+    """Of the accuracies from those without bounds, seed by seed, in standard errors."""
+    accuracy = {
+        way: np.array(result["test_accuracy"]["seeds"])
+        for way, result in on_page(name).items()
+    }
+    gains = {way: seeds - accuracy["none"] for way, seeds in accuracy.items()}
+    return {
+        way: gain.mean() / (gain.std(ddof=1) / len(gain) ** 0.5)
+        for way, gain in gains.items()
+        if way != "none"
+    }
+
+
+def test_the_page_is_right_that_nothing_helps():
+    found = differences("eegnet")
+    assert abs(found["relative"]) < 1 and abs(found["decay"]) < 1
+    assert -1.6 < found["paper"] < -1.4
+
+
+def test_the_page_is_right_that_all_ways_are_equal_on_one_electrode():
+    found = on_page("eegnet-scp1")
+    means = [result["test_accuracy"]["mean"] for result in found.values()]
+    assert all(0.885 <= mean < 0.895 for mean in means)
+    assert max(map(abs, differences("eegnet-scp1").values())) < 1

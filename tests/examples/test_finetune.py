@@ -24,6 +24,9 @@ from trainer import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 run = ft.partial(run_of, finetune.FinetuneFlags, finetune.train, "--quick")
 
 

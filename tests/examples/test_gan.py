@@ -11,6 +11,9 @@ from common.run import parse
 from trainer import assert_one_line, numbers, rows, run_of, saved_state, strict_json
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 run = ft.partial(run_of, gan.GanFlags, gan.train, "--quick")
 METHODS = ["none", "clip", "spectral"]
 

@@ -22,6 +22,9 @@ from trainer import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 run = ft.partial(run_of, monotone.MonotoneFlags, monotone.train, "--quick")
 
 # What each way makes of the weights that it keeps.

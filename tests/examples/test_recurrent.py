@@ -1,6 +1,7 @@
 """`examples/recurrent.py`: its numbers, against NumPy's in double precision."""
 
 import functools as ft
+import json
 
 import equinox as eqx
 import eqxreg
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+import quick
 import recurrent
 import wheel
 from common import sequences
+from scripts import ROOT
 from trainer import (
     assert_one_line,
     numbers,
@@ -113,7 +116,8 @@ def new(name, key=0):
 def test_a_gradient_that_is_sent_back_is_a_product_of_jacobians():
     model = new("start", 1)
     model = eqx.tree_at(lambda m: m.cell.bias, model, jnp.full(6, -0.05))
-    found = np.asarray(recurrent.signal(task(), model), np.float64)
+    signal = quick.filter_jit(lambda model: recurrent.signal(task(), model))
+    found = np.asarray(signal(model), np.float64)
 
     inputs, _ = task().read(task().test[:32], jr.key(0))
     weight, into = (
@@ -247,3 +251,30 @@ def test_the_note_says_what_was_found():
     vowels = recurrent.RecurrentFlags(data="vowels")
     assert "speaker: 99.9 % with" in recurrent.note(vowels, results)
     assert recurrent.note(flags, {"tanh": results["tanh"]}) == ""
+
+
+def on_page(name):
+    text = (ROOT / "docs" / "gallery" / f"{name}.json").read_text(encoding="utf-8")
+    return json.loads(text)["methods"]
+
+
+def test_the_page_is_right_about_the_symbols():
+    found = on_page("recurrent")
+    right = {name: result["accuracy"] for name, result in found.items()}
+    assert min(right["orthogonal"]["seeds"]) > 0.98
+    assert 0.6 < right["start"]["mean"] < 0.7
+    assert right["tanh"]["largest"] < 0.15 and right["gru"]["largest"] < 0.17
+    kept = {name: x["gradient_at_first_step"]["seeds"] for name, x in found.items()}
+    assert min(kept["orthogonal"]) > 0.8 and max(kept["tanh"]) < 1e-12
+    moved = {name: x["distance_to_orthogonal"] for name, x in found.items()}
+    assert moved["orthogonal"]["largest"] < 1e-6 < 0.5 < moved["start"]["mean"]
+    # The dashed line, from which the plain network does not part.
+    lowest = min(found["tanh"]["loss_to_baseline"]["seeds"])
+    assert 0.99 < lowest and found["tanh"]["loss_to_baseline"]["largest"] < 1.01
+
+
+def test_the_page_is_right_about_the_speakers():
+    found = on_page("recurrent-vowels")
+    right = {name: result["accuracy"]["mean"] for name, result in found.items()}
+    assert min(right.values()) >= 0.97 and max(right, key=lambda n: right[n]) == "gru"
+    assert found["tanh"]["gradient_at_first_step"]["largest"] < 1e-6

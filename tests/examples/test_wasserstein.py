@@ -9,6 +9,9 @@ import wasserstein
 from trainer import assert_one_line, numbers, rows, run_of, strict_json
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 run = ft.partial(run_of, wasserstein.WassersteinFlags, wasserstein.train, "--quick")
 
 

@@ -16,6 +16,9 @@ from eqxreg._linalg import _exponential, _lapack
 from jax.test_util import check_grads
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 @pytest.fixture(params=[False, True], ids=["at-once", "in-turn"])
 def way(request, monkeypatch):
     """Both ways, whatever this version of JAX and this machine need."""

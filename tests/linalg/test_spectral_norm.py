@@ -15,6 +15,9 @@ from spectra import MATRICES, each_matrix, mapped, singular_values
 from tables import exact, sample
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 @ft.cache
 def estimate(method):
     return jit(ft.partial(eqxreg.spectral_norm, method=method))

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 KEPT = "a map must keep shape and dtype"
 
 

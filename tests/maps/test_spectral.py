@@ -20,6 +20,9 @@ from spectra import (
 from tables import exact, sample
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 @pytest.mark.parametrize("way", WAYS)
 @each_matrix
 def test_the_cap_lowers_singular_values_and_leaves_the_others(name, way):

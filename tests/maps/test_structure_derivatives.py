@@ -31,6 +31,9 @@ from structures import (
 from tables import assert_close, exact, sample
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     "case",

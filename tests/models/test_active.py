@@ -8,6 +8,9 @@ import pytest
 from tables import DTYPES, exact, sample
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 def active(projection, weight):
     return jax.jit(lambda weight: projection._active(weight))(weight)
 

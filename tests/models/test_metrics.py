@@ -10,6 +10,9 @@ from quick import filter_jit, jit
 from tables import DTYPES, Own, exact, sample
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 # What takes time is to compile, for each shape of a weight. So there are few.
 SHAPE = (4, 4)
 

@@ -9,6 +9,9 @@ import pytest
 from tables import Own, assert_close, exact
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 X = jnp.linspace(-1.0, 1.0, 4)
 
 

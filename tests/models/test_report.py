@@ -15,6 +15,9 @@ from eqxreg._models._report import _label
 from quick import filter_jit
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 # Errors
 
 

@@ -9,6 +9,9 @@ from jax.test_util import check_grads
 from tables import assert_close, each_kind, sample
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 def generic(p: eqxreg.Parametrization, seed: int) -> jax.Array:
     """A weight with slices inside and outside, near no kink of `p`."""
     weight = sample("float64", 1.0, seed=seed)

@@ -17,6 +17,9 @@ from jaxtyping import Array, Float, PyTree, jaxtyped
 from tables import exact
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 if TYPE_CHECKING:
     from somewhere import Unknown
 

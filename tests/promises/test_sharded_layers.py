@@ -19,6 +19,9 @@ from quick import jit
 from tables import sample
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 @pytest.fixture(autouse=True)
 def _as_large_layers(monkeypatch):
     """These are small, and are to multiply as large ones do."""

@@ -10,6 +10,9 @@ import pytest
 from tables import exact
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 W = {"weight": jnp.asarray([2.0, -4.0, 0.0]), "bias": jnp.asarray([1.0])}
 ZEROS = jax.tree.map(jnp.zeros_like, W)
 LINEAR = optax.linear_schedule(0.2, 0.0, 4)

@@ -14,6 +14,9 @@ from quick import filter_jit, jit
 from tables import assert_close, exact, sample
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 def params_of(model):
     return eqx.filter(model, eqx.is_inexact_array)
 

@@ -13,6 +13,9 @@ from quick import jit
 from tables import assert_close, exact, sample
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 def step(transform, weight, update=None):
     """Where one step takes a weight."""
     params = {"weight": weight}

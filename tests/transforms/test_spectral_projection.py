@@ -17,6 +17,9 @@ from spectra import MAPS, singular_values
 from tables import assert_close, exact, sample
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 def final_weights(optimiser, steps=30, learning_rate_scale=1.0):
     """Largest singular values of two layers after each step of noisy training."""
     params = {

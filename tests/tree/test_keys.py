@@ -15,6 +15,9 @@ import pytest
 from tables import exact
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 X = jnp.linspace(-1.0, 1.0, 4)
 P = eqxreg.MaxNorm(0.3)
 ALL = eqxreg.everything

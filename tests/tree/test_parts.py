@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 X = jnp.linspace(-1.0, 1.0, 4)
 P = eqxreg.MaxNorm(0.3)
 

@@ -11,6 +11,9 @@ from quick import filter_jit
 from tables import assert_close
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 class Tied(eqx.Module):
     shared: eqx.nn.Shared
 

@@ -13,6 +13,9 @@ from quick import filter_jit
 from tables import assert_close, exact, sample
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 @pytest.fixture(autouse=True)
 def _small_layers_too(monkeypatch):
     monkeypatch.setattr(_factored, "MANY_COLUMNS", 1)

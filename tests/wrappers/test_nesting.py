@@ -4,8 +4,12 @@ import equinox as eqx
 import eqxreg
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from quick import filter_jit
 from tables import assert_close, exact
+
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 X = jnp.linspace(-1.0, 1.0, 4)

@@ -13,6 +13,9 @@ from eqxreg._maps import _factored
 from tables import assert_close
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 ROWS, COLUMNS = 6, 4
 DTYPES = ["bfloat16", "float16", "float32"]
 UNIT = eqxreg.MaxNorm(0.3, axis="unit")
