@@ -70,9 +70,10 @@ LABELS: dict[Name, str] = {
 
 
 # The learning rate of the matrices, and the rate of decay or the cap: the best on the
-# validation text, with seed 100 and 250 steps. Each way had seven trials: rates of 1e-3,
-# 3e-3, 1e-2, 3e-2 and 1e-1, and at the best of them decay of 0.1 and 1 beside 0.3, or
-# caps of 1 and 4 beside 2. With nothing else to tune it had six, the last with 3e-1.
+# validation text, with seed 100 and 250 steps. Each way had seven trials: rates of
+# 1e-3, 3e-3, 1e-2, 3e-2 and 1e-1, and at the best of them decay of 0.1 and 1 beside
+# 0.3, or caps of 1 and 4 beside 2. With nothing else to tune it had six, the last with
+# a rate of 3e-1.
 TUNED: dict[Name, tuple[float, float | None]] = {
     "adam_decay": (1e-2, 0.3),
     "adam_cautious": (1e-2, 0.3),
