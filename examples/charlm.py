@@ -332,7 +332,7 @@ def figure(
         axes.set_ylim(min(mean.min() for mean in means) - 0.05, early)
         axes.set(title=f"Loss on the {flags.judge} text, nats a character")
         axes.set(xlabel="step")
-        axes.legend(loc="upper right", fontsize=10, frameon=False)
+        axes.legend(loc="lower left", fontsize=10, frameon=False)
 
     def sizes(axes: Axes) -> None:
         show.mean_curves(axes, curves("largest_singular_value"), flags.steps)

@@ -13,6 +13,7 @@ import pytest
 from common import text
 from common.run import Failure
 from common.transformer import Transformer
+from scripts import ROOT
 from trainer import (
     assert_one_line,
     numbers,
@@ -23,6 +24,8 @@ from trainer import (
     strict_json,
 )
 
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 run = ft.partial(run_of, charlm.CharlmFlags, charlm.train, "--quick")
 # A cap that binds from the start, and a strong decay.
@@ -294,3 +297,22 @@ def test_the_note_says_what_was_found():
     del found["adam_cap"]
     assert charlm.note(found) == f"From decay to a cap: {muon}."
     assert charlm.note({}) == ""
+
+
+def test_the_page_says_what_was_found():
+    found = strict_json(ROOT / "docs" / "gallery" / "charlm.json")["methods"]
+    loss = {name: result["loss"] for name, result in found.items()}
+    mean = {name: numbers["mean"] for name, numbers in loss.items()}
+    assert mean["adam_decay"] - mean["adam_cap"] > 0.1
+    pairs = zip(loss["muon_cap"]["seeds"], loss["muon_decay"]["seeds"], strict=True)
+    assert all(0 < capped - decayed < 0.1 for capped, decayed in pairs)
+    assert min(mean, key=mean.get) == "muon_decay"
+    others = mean["muon_fixed"], mean["muon_weight_norm"]
+    assert min(others) > mean["muon_cap"] + 0.05
+    assert abs(mean["adam_decay"] - mean["adam_cautious"]) < 0.011
+    largest = {
+        name: result["largest_singular_value"]["largest"]
+        for name, result in found.items()
+    }
+    assert largest["muon_cap"] <= 2.003 and largest["adam_cap"] <= 2.003
+    assert 4 < largest["muon_decay"] < 5
