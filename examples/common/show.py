@@ -145,12 +145,14 @@ def drawn(
     return png.getvalue()
 
 
-def mean_curves(axes: Axes, curves: Mapping[str, NDArray[np.float64]]) -> None:
+def mean_curves(
+    axes: Axes, curves: Mapping[str, NDArray[np.float64]], steps: int = 1
+) -> None:
     """Means by epoch of numbers with a row for each epoch and a column for each seed,
-    with a band of one standard error."""
+    with a band of one standard error. By step if an epoch is of several `steps`."""
     for (label, numbers), colour in zip(curves.items(), COLOURS, strict=False):
         epochs, seeds = numbers.shape
-        epoch, mean = np.arange(1, epochs + 1), numbers.mean(axis=1)
+        epoch, mean = steps * np.arange(1, epochs + 1), numbers.mean(axis=1)
         axes.plot(epoch, mean, color=colour, lw=1.8, label=label)
         if seeds > 1:
             error = numbers.std(axis=1, ddof=1) / np.sqrt(seeds)

@@ -5,7 +5,7 @@ import functools
 import sysconfig
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -71,6 +71,14 @@ def _order(seed: int, number: int, count: int) -> NDArray[np.int64]:
 
 def load(source: str, length: int, seed: int) -> Text:
     """The text that `--data` names: `stdlib`, or a file."""
+    content = read(source)
+    if len(content) <= length:
+        raise Failure(f"--data: {source} has {len(content)} bytes, too few to train on")
+    return Text(Path(source).name, content, length, seed)
+
+
+def read(source: str) -> NDArray[np.uint8]:
+    """All bytes of the text that `--data` names, in the same order on all machines."""
     if source == "stdlib":
         directory = Path(sysconfig.get_path("stdlib"))
         files = sorted(directory.glob("*.py"))
@@ -79,7 +87,29 @@ def load(source: str, length: int, seed: int) -> Text:
         if not files[0].is_file():
             raise Failure(f"--data: {source} is not a file (nor is it `stdlib`)")
     content = b"".join(file.read_bytes() for file in files)
-    if len(content) <= length:
-        raise Failure(f"--data: {source} has {len(content)} bytes, too few to train on")
-    array = np.frombuffer(content, np.uint8)
-    return Text(Path(source).name, array, length, seed)
+    return np.frombuffer(content, np.uint8)
+
+
+class Parts(NamedTuple):
+    """Windows of a text, one a row: of one byte more than are predicted."""
+
+    train: NDArray[np.uint8]
+    validation: NDArray[np.uint8]
+    test: NDArray[np.uint8]
+
+
+def parts(source: str, length: int, count: int) -> tuple[dict[str, Any], Parts]:
+    """What the text is, and its windows: the first eight tenths to train on, the next
+    to tune with, and of the last the test. Of these two there are `count` windows, as
+    far from each other as they can be."""
+    content = read(source)
+    tenth = len(content) // 10
+    if tenth <= length * count:
+        least = 10 * (length * count + 1)
+        raise Failure(f"--data: {source} has {len(content)} bytes; {least} are needed")
+    pieces = np.split(content[: 10 * tenth], [8 * tenth, 9 * tenth])
+    windows = [np.lib.stride_tricks.sliding_window_view(p, length + 1) for p in pieces]
+    starts = np.linspace(0, tenth - length - 1, count).astype(int)
+    held = (np.ascontiguousarray(each[starts]) for each in windows[1:])
+    about = Text(Path(source).name, content, length, 0).describe()
+    return about, Parts(np.ascontiguousarray(windows[0][::length]), *held)
