@@ -35,6 +35,7 @@ class Row:
     layer: str
     map: str
     bounded: float | None
+    bounds_operator: bool
     norm: float
     singular_value: float
     stable_rank: float
@@ -56,10 +57,12 @@ class Report:
         - `layer`: the class of the layer that owns it, empty in plain trees.
         - `map`: what makes the weight, or the set that it is measured against: maps in
             the order in which they are applied, the outermost last. Empty if there is
-            none. A wrapper that bounds the layer as an operator says so.
+            none.
         - `bounded`: what the map bounds: the largest of the norms that it speaks of, of
             the weight that the layer computes with. That of the units, if each has a
             norm of its own. `None` if the map bounds no norm of the weight itself.
+        - `bounds_operator`: whether a wrapper bounds the layer as an operator, by
+            `input_shape`, and not its weight. The table has that for a norm then.
         - `norm`, `singular_value`, `stable_rank`, `distance`, `active`: numbers, as in
             [`eqxreg.metrics`][], of the whole weight. If it is in wrappers, `distance`
             is from the raw weight to what they make of it. The last two are `None` if
@@ -232,9 +235,9 @@ def _rows(subject: Subject, found: dict[str, Any]) -> Iterator[Row]:
             shape=tuple(site.leaf.shape)[len(subject.stack) :],
             dtype=str(site.leaf.dtype),
             layer="" if site.owner is None else type(site.owner).__name__,
-            map=" → ".join(map(_label, subject.maps))
-            + (" of the operator" if subject.bounds_operator else ""),
+            map=" → ".join(map(_label, subject.maps)),
             bounded=number("bounded", index),
+            bounds_operator=subject.bounds_operator,
             norm=number("norm", index),
             singular_value=number("singular_value", index),
             stable_rank=number("stable_rank", index),
@@ -284,15 +287,18 @@ _COLUMNS: dict[str, Any] = {
 
 
 def _cells(row: Row) -> list[str]:
-    norms = (row.bounded, row.norm, row.singular_value)
-    numbers = (*norms, row.stable_rank, row.distance)
+    def text(number: float | None) -> str:
+        return "" if number is None else f"{number:.4g}"
+
+    numbers = (row.norm, row.singular_value, row.stable_rank, row.distance)
     return [
         row.path,
         "×".join(map(str, row.shape)),
         row.dtype,
         row.layer,
         row.map,
-        *("" if number is None else f"{number:.4g}" for number in numbers),
+        "operator" if row.bounds_operator else text(row.bounded),
+        *map(text, numbers),
         "" if row.active is None else f"{row.active:.1%}",
     ]
 

@@ -176,9 +176,11 @@ def test_what_bounds_no_norm_of_the_weight_says_so(key):
     conv, state = eqx.nn.make_with_state(eqxreg.SpectralNormConstraint)(
         conv, "weight", input_shape=(1, 6, 6), key=key
     )
-    [row] = eqxreg.report(conv, state=state).rows
-    assert row.map == "SpectralNorm() of the operator" and row.bounded is None
-    assert row.singular_value < 0.99
+    report = eqxreg.report(conv, state=state)
+    [row] = report.rows
+    assert row.map == "SpectralNorm()" and row.bounds_operator
+    assert row.bounded is None and row.singular_value < 0.99
+    assert cells_of(str(report))[-1][5] == "operator"
 
 
 def test_the_table_has_no_colour_codes(report, monkeypatch):
