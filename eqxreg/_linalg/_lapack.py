@@ -118,13 +118,13 @@ def _in_turn(fn: Callable, *stacks: Array) -> Any:
 def _may_wait() -> bool:
     """Whether kernels of several matrices may wait for ever.
 
-    With several CPU devices the pool is larger, and a stack may be in parts, which
-    nothing here must gather.
+    With several CPU devices, of all processes, a stack may be in parts, which nothing
+    here must gather; and those of one process have a larger pool.
     """
     if not _FIRST <= jax.__version_info__ < _MENDED:
         return False
     try:
-        return len(jax.local_devices(backend="cpu")) == 1
+        return len(jax.devices("cpu")) == 1
     except RuntimeError:  # There is no such device.
         return False
 
