@@ -34,7 +34,7 @@ import optax
 from common import report, show, transfer
 from common.arm import Arm, Batch, Planner, State as Trained, gradient_step, seed_keys
 from common.checkpoint import Checkpoint
-from common.data import CLASSES
+from common.data import CLASSES, partly_random
 from common.loop import fit
 from common.mlp import DropoutMLP
 from common.run import ComparisonFlags, main, output_directory
@@ -262,7 +262,7 @@ def make_arms(flags: FinetuneFlags, data: transfer.Transfer) -> tuple[list[Arm],
     counts = tuple(case.shots for case in cases(flags))
     shape = (flags.steps_per_epoch, flags.batch_size)
     planner = transfer.FewPlanner(training, jnp.asarray(rows), counts, shape)
-    labels = transfer.with_wrong_labels(data.few_labels, flags.label_noise)
+    labels = partly_random(data.few_labels, flags.label_noise, seed=4)
     few = (jnp.asarray(data.few_images), jnp.asarray(labels))
     return [
         make_arm(name, flags, fresh if name == "scratch" else start, few, planner)

@@ -25,6 +25,14 @@ CLASSES = 10
 _UNSIGNED_BYTE = 0x08
 
 
+def checksum(*arrays: NDArray[Any]) -> str:
+    """Eight digits that differ if any number does."""
+    found = 0
+    for array in arrays:
+        found = zlib.crc32(array.tobytes(), found)
+    return f"{found:08x}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Images:
     """Flat images with entries in [0, 1], and their labels, split into two sets."""
@@ -42,25 +50,31 @@ class Images:
 
     def describe(self) -> dict[str, Any]:
         """Name, sizes, and a checksum that differs if any pixel or label does."""
-        checksum = 0
-        for field in dataclasses.fields(self)[1:]:
-            checksum = zlib.crc32(getattr(self, field.name).tobytes(), checksum)
+        arrays = [getattr(self, field.name) for field in dataclasses.fields(self)[1:]]
         return {
             "name": self.name,
             "training_images": len(self.train_labels),
             "test_images": len(self.test_labels),
-            "checksum": f"{checksum:08x}",
+            "checksum": checksum(*arrays),
         }
 
 
 def with_random_labels(images: Images, share: float, seed: int) -> Images:
     """The same images, with a share of the training labels drawn anew at random: one in
     ten of these is right all the same. Test labels stay."""
+    labels = partly_random(images.train_labels, share, seed)
+    return dataclasses.replace(images, train_labels=labels)
+
+
+def partly_random(
+    labels: NDArray[np.int32], share: float, seed: int
+) -> NDArray[np.int32]:
+    """The same labels, with a share of them drawn anew at random."""
     rng = np.random.default_rng(seed)
-    labels = images.train_labels.copy()
+    labels = labels.copy()
     chosen = rng.permutation(len(labels))[: round(share * len(labels))]
     labels[chosen] = rng.integers(CLASSES, size=len(chosen), dtype=labels.dtype)
-    return dataclasses.replace(images, train_labels=labels)
+    return labels
 
 
 def load(source: str, split_seed: int) -> Images:

@@ -6,13 +6,13 @@ off is one clear line and not a strange result.
 """
 
 import dataclasses
-import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
+from common.data import checksum
 from common.run import Failure
 
 
@@ -42,9 +42,6 @@ class Series:
 
     def describe(self) -> dict[str, Any]:
         """Name, sizes, and a checksum that differs if any number or label does."""
-        checksum = 0
-        for array in (*self.train, *self.test):
-            checksum = zlib.crc32(np.ascontiguousarray(array).tobytes(), checksum)
         _, channels, samples = self.train.values.shape
         return {
             "name": self.name,
@@ -53,7 +50,7 @@ class Series:
             "channels": channels,
             "samples": samples,
             "classes": len(self.classes),
-            "checksum": f"{checksum:08x}",
+            "checksum": checksum(*self.train, *self.test),
         }
 
     def standardised(self) -> "Series":

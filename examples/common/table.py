@@ -5,7 +5,6 @@ The last column is what is predicted. Everything is checked before it is trained
 
 import csv
 import dataclasses
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_diabetes
 
 from common.arm import Plan, Planner
+from common.data import checksum
 from common.run import Failure
 
 
@@ -35,12 +35,11 @@ class Table:
 
     def describe(self) -> dict[str, Any]:
         """Name, sizes, and a checksum that differs if any number does."""
-        checksum = zlib.crc32(self.target.tobytes(), zlib.crc32(self.inputs.tobytes()))
         return {
             "name": self.name,
             "rows": len(self.target),
             "inputs": list(self.names),
-            "checksum": f"{checksum:08x}",
+            "checksum": checksum(self.inputs, self.target),
         }
 
     def first(self, chosen: tuple[str, ...]) -> "Table":

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import sysconfig
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Int
 from numpy.typing import NDArray
 
+from common.data import checksum
 from common.run import Failure
 
 
@@ -58,9 +58,8 @@ class Text:
 
     def describe(self) -> dict[str, Any]:
         """Name, size, and a checksum that differs if any byte does."""
-        checksum = zlib.crc32(self.content.tobytes())
-        size = len(self.content)
-        return {"name": self.name, "bytes": size, "checksum": f"{checksum:08x}"}
+        size, found = len(self.content), checksum(self.content)
+        return {"name": self.name, "bytes": size, "checksum": found}
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,7 +1,6 @@
 """Images to pretrain on, others to tune on, and the few of these that have labels."""
 
 import dataclasses
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 from common.arm import Batch, Loss, Plan, Planner, State, gradient_step
-from common.data import CLASSES, idx_directory
+from common.data import CLASSES, checksum, idx_directory
 from common.run import Failure
 
 
@@ -36,16 +35,14 @@ class Transfer:
     def describe(self) -> dict[str, Any]:
         """Name, sizes, and a checksum that differs if any pixel or label does."""
         pairs = [(self.few_images, self.few_labels), self.validation, self.test]
-        checksum = zlib.crc32(self.source_images.tobytes())
-        for array in (self.source_labels, *sum(pairs, ())):
-            checksum = zlib.crc32(array.tobytes(), checksum)
+        arrays = (self.source_images, self.source_labels, *sum(pairs, ()))
         return {
             "name": self.name,
             "pretraining_images": len(self.source_labels),
             "images_to_choose_from": len(self.few_labels),
             "validation_images": len(self.validation[1]),
             "test_images": len(self.test[1]),
-            "checksum": f"{checksum:08x}",
+            "checksum": checksum(*arrays),
         }
 
 
@@ -96,15 +93,6 @@ def idx_transfer(source: Path, target: Path) -> Transfer:
         (after.train_images[cut:], after.train_labels[cut:]),
         (after.test_images, after.test_labels),
     )
-
-
-def with_wrong_labels(labels: NDArray[np.int32], share: float) -> NDArray[np.int32]:
-    """The same, with a share of them drawn anew at random."""
-    rng = np.random.default_rng(4)
-    wrong = rng.permutation(len(labels))[: round(share * len(labels))]
-    labels = labels.copy()
-    labels[wrong] = rng.integers(CLASSES, size=len(wrong))
-    return labels
 
 
 def few_rows(labels: NDArray[np.int32], seeds: range, most: int) -> NDArray[np.int64]:
