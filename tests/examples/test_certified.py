@@ -16,7 +16,9 @@ from common import data
 from common.attack import distances, double_precision
 from common.run import parse
 from trainer import (
+    assert_left,
     assert_one_line,
+    completed,
     numbers,
     rows,
     run_of,
@@ -36,9 +38,7 @@ RADII = (0.1, 0.5)
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("certified")
-    outcome = run("--out", out)
-    assert outcome.code == 0 and outcome.err == ""
-    return out
+    return completed(run, out)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,7 @@ def in_numpy(model, images):
 
 
 def test_a_run_leaves_its_results(finished):
-    names = sorted(path.name for path in finished.iterdir())
-    assert names == ["checkpoint.npz", "figure.png", "metrics.csv", "results.json"]
+    assert_left(finished)
     assert len(rows(finished)) == 3 * 8 * 2
     methods = strict_json(finished / "results.json")["methods"]
     assert list(methods) == METHODS

@@ -15,7 +15,9 @@ from common.run import Failure
 from common.transformer import Transformer
 from scripts import ROOT
 from trainer import (
+    assert_left,
     assert_one_line,
+    completed,
     numbers,
     rows,
     run_of,
@@ -37,9 +39,7 @@ METHODS = tuple(name for name in charlm.LABELS if name != "adam_cap")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, quick_compilation):
     out = tmp_path_factory.mktemp("charlm")
-    outcome = run("--out", out, "--strength", STRENGTH, "--methods", *METHODS)
-    assert outcome.code == 0 and outcome.err == ""
-    return out
+    return completed(run, out, "--strength", STRENGTH, "--methods", *METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,7 @@ def results(out):
 
 
 def test_a_run_leaves_its_results(finished):
-    names = sorted(path.name for path in finished.iterdir())
-    assert names == ["checkpoint.npz", "figure.png", "metrics.csv", "results.json"]
+    assert_left(finished)
     assert len(rows(finished)) == 6 * 3 * 2
     found = strict_json(finished / "results.json")
     assert tuple(found["methods"]) == METHODS

@@ -15,7 +15,9 @@ import quick
 from common.eegnet import EEGNet, Filters, SpatialFilters, pooled
 from scripts import ROOT
 from trainer import (
+    assert_left,
     assert_one_line,
+    completed,
     numbers,
     rows,
     run_of,
@@ -53,14 +55,11 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(run, tmp_path_factory, quick_compilation):
     out = tmp_path_factory.mktemp("eegnet")
-    outcome = run("--out", out)
-    assert outcome.code == 0 and outcome.err == ""
-    return out
+    return completed(run, out)
 
 
 def test_a_run_leaves_its_results(finished):
-    names = sorted(path.name for path in finished.iterdir())
-    assert names == ["checkpoint.npz", "figure.png", "metrics.csv", "results.json"]
+    assert_left(finished)
     assert len(rows(finished)) == 4 * 3 * 2
     results = strict_json(finished / "results.json")
     assert list(results["methods"]) == ["none", "paper", "relative", "decay"]

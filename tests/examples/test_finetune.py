@@ -15,7 +15,9 @@ import pytest
 from common import transfer
 from scripts import ROOT
 from trainer import (
+    assert_left,
     assert_one_line,
+    completed,
     numbers,
     rows,
     run_of,
@@ -34,9 +36,7 @@ run = ft.partial(run_of, finetune.FinetuneFlags, finetune.train, "--quick")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("finetune")
     # A radius that makes a difference within the few steps of a quick run.
-    outcome = run("--out", out, "--strength", 0.1)
-    assert outcome.code == 0 and outcome.err == ""
-    return out
+    return completed(run, out, "--strength", 0.1)
 
 
 def weights(finished, name, part):
@@ -52,8 +52,7 @@ def weights(finished, name, part):
 
 
 def test_a_run_leaves_its_results(finished):
-    names = sorted(path.name for path in finished.iterdir())
-    assert names == ["checkpoint.npz", "figure.png", "metrics.csv", "results.json"]
+    assert_left(finished)
     assert len(rows(finished)) == 6 * 3 * 2
     methods = strict_json(finished / "results.json")["methods"]
     assert list(methods) == [*finetune.WAYS, "start"]

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from common import data
 from common.run import parse
-from trainer import assert_one_line, numbers, rows, run_of, saved_state, strict_json
+from trainer import (
+    assert_left,
+    assert_one_line,
+    completed,
+    numbers,
+    rows,
+    run_of,
+    saved_state,
+    strict_json,
+)
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -23,9 +32,7 @@ METHODS = ["none", "clip", "spectral"]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("gan")
-    outcome = run("--out", out)
-    assert outcome.code == 0 and outcome.err == ""
-    return out
+    return completed(run, out)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +59,7 @@ def singular_values(critic):
 
 
 def test_a_run_leaves_its_results(finished):
-    names = sorted(path.name for path in finished.iterdir())
-    assert names == ["checkpoint.npz", "figure.png", "metrics.csv", "results.json"]
+    assert_left(finished)
     assert len(rows(finished)) == 3 * 3 * 2
     assert list(strict_json(finished / "results.json")["methods"]) == METHODS
 

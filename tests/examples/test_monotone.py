@@ -13,7 +13,9 @@ from common.run import Failure
 from scripts import ROOT
 from sklearn.datasets import load_diabetes
 from trainer import (
+    assert_left,
     assert_one_line,
+    completed,
     numbers,
     rows,
     run_of,
@@ -39,9 +41,7 @@ MADE = {
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("monotone")
-    outcome = run("--out", out)
-    assert outcome.code == 0 and outcome.err == ""
-    return out
+    return completed(run, out)
 
 
 def weights(finished, name):
@@ -78,8 +78,7 @@ def convex_network(w, x):
 
 
 def test_a_run_leaves_its_results(finished):
-    names = sorted(path.name for path in finished.iterdir())
-    assert names == ["checkpoint.npz", "figure.png", "metrics.csv", "results.json"]
+    assert_left(finished)
     assert len(rows(finished)) == 5 * 10 * 2
     methods = strict_json(finished / "results.json")["methods"]
     assert list(methods) == [*monotone.MonotoneFlags.QUICK["methods"], "line"]

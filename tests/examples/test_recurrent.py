@@ -17,7 +17,9 @@ import wheel
 from common import sequences
 from scripts import ROOT
 from trainer import (
+    assert_left,
     assert_one_line,
+    completed,
     numbers,
     rows,
     run_of,
@@ -32,14 +34,11 @@ run = ft.partial(run_of, recurrent.RecurrentFlags, recurrent.train, "--quick")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, quick_compilation):
     out = tmp_path_factory.mktemp("recurrent")
-    outcome = run("--out", out)
-    assert outcome.code == 0 and outcome.err == ""
-    return out
+    return completed(run, out)
 
 
 def test_a_run_leaves_its_results(finished):
-    names = sorted(path.name for path in finished.iterdir())
-    assert names == ["checkpoint.npz", "figure.png", "metrics.csv", "results.json"]
+    assert_left(finished)
     assert len(rows(finished)) == 4 * 3 * 2
     results = strict_json(finished / "results.json")
     assert list(results["methods"]) == ["tanh", "start", "orthogonal", "gru"]

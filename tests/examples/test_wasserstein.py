@@ -6,7 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import wasserstein
-from trainer import assert_one_line, numbers, rows, run_of, strict_json
+from trainer import (
+    assert_left,
+    assert_one_line,
+    completed,
+    numbers,
+    rows,
+    run_of,
+    strict_json,
+)
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -18,14 +26,11 @@ run = ft.partial(run_of, wasserstein.WassersteinFlags, wasserstein.train, "--qui
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("wasserstein")
-    outcome = run("--out", out)
-    assert outcome.code == 0 and outcome.err == ""
-    return out
+    return completed(run, out)
 
 
 def test_a_run_leaves_its_results(finished):
-    names = sorted(path.name for path in finished.iterdir())
-    assert names == ["checkpoint.npz", "figure.png", "metrics.csv", "results.json"]
+    assert_left(finished)
     assert len(rows(finished)) == 3 * 3 * 2
     assert list(strict_json(finished / "results.json")["methods"]) == [
         "relu",

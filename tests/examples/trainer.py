@@ -44,6 +44,19 @@ def run_of(kind: type, train: Callable, *arguments: object) -> Outcome:
     return Outcome(caught.value.code or 0, out.getvalue(), err.getvalue())
 
 
+def completed(run: Callable[..., Outcome], out: Path, *arguments: object) -> Path:
+    """The output directory of a run that went well and said nothing of errors."""
+    outcome = run("--out", out, *arguments)
+    assert outcome.code == 0 and outcome.err == ""
+    return out
+
+
+def assert_left(out: Path) -> None:
+    """The run left its four files, and no others."""
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["checkpoint.npz", "figure.png", "metrics.csv", "results.json"]
+
+
 def assert_one_line(outcome: Outcome, message: str, code: int = 1) -> None:
     """The run failed, and said so in one line on standard error."""
     assert outcome.code == code
