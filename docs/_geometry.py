@@ -87,6 +87,14 @@ def grid(side: int = 161, reach: float = 1.8) -> Points:
     return np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2)
 
 
+def on_grid(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """What matplotlib's contours take: the two axes of the grid, and a value for each
+    of its points."""
+    points = grid()
+    side = round(len(points) ** 0.5)
+    return points[:side, 0], points[::side, 1], values.reshape(side, side)
+
+
 def images(projection: eqxreg.Projection, points: Points) -> Points:
     """Where a projection puts each of the points."""
     return np.asarray(jax.jit(jax.vmap(projection))(points))
@@ -109,10 +117,8 @@ def _draw_set(axes: Axes, projection: eqxreg.Projection) -> None:
     points = grid()
     reached = images(projection, points)
     kept = np.linalg.norm(reached - points, axis=1) <= 1e-6
-    side = round(len(points) ** 0.5)
     if kept.mean() > 0.01:
-        where = (points[:side, 0], points[::side, 1], kept.reshape(side, side))
-        axes.contourf(*where, levels=[0.5, 1.5], colors=[BLUE], alpha=0.25)
+        axes.contourf(*on_grid(kept), levels=[0.5, 1.5], colors=[BLUE], alpha=0.25)
     else:
         # A set without an inside: the images of all points, one of those that are near.
         axes.scatter(*np.unique(reached.round(2), axis=0).T, color=BLUE, s=3, lw=0)
@@ -194,30 +200,27 @@ def _descend(
 ) -> Path:
     """`between` is the optimiser without its projection, to show where it would go."""
     state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
-    weight = lambda model: np.asarray(eqxreg.strip(model).weight[0], np.float64)
-    raw, used = [weight(model)], [np.asarray(eqxreg.bake(model).weight[0], np.float64)]
+    row = lambda layer: np.asarray(layer.weight[0], np.float64)
+    raw, used = [row(eqxreg.strip(model))], [row(eqxreg.bake(model))]
     for _ in range(STEPS):
         gradient = eqx.filter_grad(loss)(model)
         params = eqx.filter(model, eqx.is_inexact_array)
         if between is not None:
             update, _ = between.update(gradient, between.init(params), params)
-            raw.append(weight(eqx.apply_updates(model, update)))
+            raw.append(row(eqxreg.strip(eqx.apply_updates(model, update))))
         updates, state = optimiser.update(gradient, state, params)
         model = eqx.apply_updates(model, updates)
-        raw.append(weight(model))
-        used.append(np.asarray(eqxreg.bake(model).weight[0], np.float64))
+        raw.append(row(eqxreg.strip(model)))
+        used.append(row(eqxreg.bake(model)))
     return Path(np.stack(raw), np.stack(used))
 
 
 def _places() -> Any:
     figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.9), layout="constrained")
-    points = grid()
+    heights = on_grid(np.linalg.norm(grid() - np.array(GOAL), axis=1))
     for axes, (name, path) in zip(panels, paths().items(), strict=True):
         _draw_set(axes, eqxreg.MaxNorm(BOUND))
-        side = round(len(points) ** 0.5)
-        height = np.linalg.norm(points - np.array(GOAL), axis=1).reshape(side, side)
-        where = points[:side, 0], points[::side, 1], height
-        axes.contour(*where, levels=8, colors=GREY, linewidths=0.4)
+        axes.contour(*heights, levels=8, colors=GREY, linewidths=0.4)
         axes.plot(*path.raw.T, ".-", color=ORANGE, lw=1, ms=4, label="raw weight")
         axes.plot(*path.used.T, ".-", color=BLUE, lw=1, ms=4, label="used weight")
         axes.plot(*GOAL, "*", color=GREEN, ms=11, label="least loss")
