@@ -5,9 +5,11 @@ import os
 import shutil
 import tempfile
 
+from flags import flags
+
 
 # Before JAX and NumPy are imported, by anything.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("XLA_FLAGS", flags(devices=8))
 # Each process decomposes small matrices, and threads that wait for work would spin.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Most of the time goes into compiling. What one file, worker or child process has

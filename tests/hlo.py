@@ -2,7 +2,8 @@
 
 import math
 import re
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import pytest
@@ -13,6 +14,11 @@ counts_of_today = pytest.mark.skipif(
     reason="counts are of the XLA of JAX 0.10: an older one fuses less",
 )
 """For ceilings of what XLA makes of a program."""
+
+
+def program_of(function: Callable, *args: Any) -> jax.stages.Compiled:
+    """As users have it, and not as other tests do; see `flags.py`."""
+    return jax.jit(function).lower(*args).compile({"xla_backend_extra_options": ""})
 
 
 class Collective(NamedTuple):

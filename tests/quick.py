@@ -4,35 +4,17 @@ Tests of bits and of costs compile with `jax.jit` and `eqx.filter_jit`, as users
 """
 
 import functools as ft
-from typing import Any
 
 import equinox as eqx
 import jax
 from jax.test_util import check_jvp, check_vjp
 
 
-def _is_known(option: tuple[str, Any]) -> bool:
-    """Whether the installed compiler knows an option. It refuses the others, and a
-    process that has one of them in `XLA_FLAGS` aborts."""
-    try:
-        jax.jit(lambda: 0, compiler_options=dict([option])).lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" not in str(error):
-            raise
-        return False
-    return True
-
-
 # Making the machine code takes most of the time of most tests, more than running it.
-_OPTIONS: dict[str, Any] = {
+_OPTIONS = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
-    # Until JAX 0.10.
-    "xla_cpu_use_fusion_emitters": False,
 }
-_OPTIONS = dict(filter(_is_known, _OPTIONS.items()))
-FLAGS = tuple(f"--{name}={value}".lower() for name, value in _OPTIONS.items())
-"""The same in `XLA_FLAGS`, for child processes."""
 
 jit = ft.partial(jax.jit, compiler_options=_OPTIONS)
 filter_jit = ft.partial(eqx.filter_jit, compiler_options=_OPTIONS)

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import quick
 from common.mesh import share_of_a_device
+from flags import QUICK, flags
 from jax.sharding import NamedSharding, PartitionSpec as P
 from trainer import Outcome, assert_one_line, strict_json
 
@@ -42,9 +42,8 @@ def launch(compilation_cache: dict[str, str]) -> Iterator[Launch]:
     running = []
 
     def start(*arguments: object, devices: int = 1, script: object = (TRAINER,)):
-        flags = (f"--xla_force_host_platform_device_count={devices}", *quick.FLAGS)
         options = {
-            "XLA_FLAGS": " ".join(flags),
+            "XLA_FLAGS": flags(devices, *QUICK),
             # Of a program that another process is just writing.
             "PYTHONWARNINGS": "ignore:Error reading persistent compilation cache",
         }

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from eqxreg._linalg import _norms, of_matrix, scaled_norm
-from hlo import counts_of_today
+from hlo import counts_of_today, program_of
 from quick import jit
 
 
@@ -69,7 +69,7 @@ WEIGHT = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.bfloat16)
 
 def read_and_written(fn, *args):
     """What a program accesses, and what it writes for itself, in weights."""
-    program = jax.jit(fn).lower(*args).compile()
+    program = program_of(fn, *args)
     counted = program.cost_analysis()["bytes accessed"]
     temporary = program.memory_analysis().temp_size_in_bytes
     return counted / (2 * SIZE * SIZE), temporary / (2 * SIZE * SIZE)

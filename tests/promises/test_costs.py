@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from eqxreg._maps import WeightNorm, _rescale, warm
-from hlo import counts_of_today
+from hlo import counts_of_today, program_of
 
 
 SIZE = 1024
@@ -55,11 +55,11 @@ def operations(text: str) -> int:
 @pytest.mark.parametrize("name", list(COSTS))
 def test_memory_traffic_and_operations_of_a_map(name):
     fn, passes, most = COSTS[name]
-    compiled = jax.jit(fn).lower(WEIGHT, WEIGHT).compile()
-    assert compiled.cost_analysis()["bytes accessed"] <= passes * BYTES
-    assert operations(compiled.as_text()) <= most
+    program = program_of(fn, WEIGHT, WEIGHT)
+    assert program.cost_analysis()["bytes accessed"] <= passes * BYTES
+    assert operations(program.as_text()) <= most
     # Nothing of the size of a weight is written but the results.
-    assert compiled.memory_analysis().temp_size_in_bytes <= 0.01 * BYTES
+    assert program.memory_analysis().temp_size_in_bytes <= 0.01 * BYTES
 
 
 def layer_step(wrap):
@@ -106,9 +106,9 @@ STEPS = {
 def test_memory_traffic_of_a_step_of_a_layer(name):
     wrap, passes = STEPS[name]
     step, args = layer_step(wrap)
-    compiled = jax.jit(step).lower(*args).compile()
-    assert compiled.cost_analysis()["bytes accessed"] <= passes * BYTES
-    assert compiled.memory_analysis().temp_size_in_bytes <= 0.1 * BYTES
+    program = program_of(step, *args)
+    assert program.cost_analysis()["bytes accessed"] <= passes * BYTES
+    assert program.memory_analysis().temp_size_in_bytes <= 0.1 * BYTES
 
 
 # In a step, each instruction that writes something of the size of the weight. One more
@@ -135,8 +135,8 @@ def test_steps_between_projections_write_one_array_more(name):
 
     params = {"weight": jnp.ones((SIZE, SIZE))}
     state = optimiser.init(params)
-    compiled = jax.jit(step).lower(params, state, jnp.ones((16, SIZE))).compile()
-    text = compiled.as_text()
+    program = program_of(step, params, state, jnp.ones((16, SIZE)))
+    text = program.as_text()
     written = rf"= f32\[{SIZE},{SIZE}\]\S* (dot|fusion|copy|custom-call)\("
     assert sorted(re.findall(written, text[text.index("ENTRY") :])) == expected
     assert " copy(" not in text
@@ -150,7 +150,7 @@ def gradient_text(depth, scan, p):
     def loss(params, x):
         return jnp.sum(eqx.combine(params, static)(x) ** 2)
 
-    return jax.jit(jax.grad(loss)).lower(params, jnp.ones(8)).compile().as_text()
+    return program_of(jax.grad(loss), params, jnp.ones(8)).as_text()
 
 
 def test_a_scanned_stack_compiles_to_as_much_however_deep_it_is():

@@ -13,20 +13,19 @@ from typing import NamedTuple
 import numpy as np
 import process
 import pytest
-import quick
+from flags import QUICK, flags
 from tables import assert_close
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-FLAGS = ("--xla_force_host_platform_device_count=2", *quick.FLAGS)
 Arrays = dict[str, np.ndarray]
 
 
 def start(number: int, port: int, out: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, process.__file__, f"127.0.0.1:{port}", str(number), str(out)],
-        env={**os.environ, "XLA_FLAGS": " ".join(FLAGS)},
+        env={**os.environ, "XLA_FLAGS": flags(2, *QUICK)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from eqxreg._maps import _factored
-from hlo import counts_of_today
+from hlo import counts_of_today, program_of
 from quick import filter_jit
 from tables import assert_close, exact, sample
 
@@ -187,9 +187,9 @@ def written(p, size):
     params, static = eqx.partition(
         eqxreg.Constraint(linear, "weight", p), eqx.is_inexact_array
     )
-    call = jax.jit(lambda params, x: eqx.combine(params, static)(x))
-    compiled = call.lower(params, jnp.ones(size)).compile()
-    return compiled.memory_analysis().temp_size_in_bytes // (4 * size * size)
+    call = lambda params, x: eqx.combine(params, static)(x)
+    program = program_of(call, params, jnp.ones(size))
+    return program.memory_analysis().temp_size_in_bytes // (4 * size * size)
 
 
 class HalfOf(eqxreg.MaxNorm):

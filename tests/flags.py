@@ -1,0 +1,16 @@
+"""What the compiler is told in `XLA_FLAGS`, which each process reads once."""
+
+OLD_EMITTERS = "xla_cpu_disable_new_fusion_emitters"
+"""Until JAX 0.10: machine code is made in half the time, by the emitters before the
+default ones. Later compilers have only one kind, and take no notice."""
+QUICK = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+"""Of child processes, what `quick.jit` is in this one."""
+
+
+def flags(devices: int, *more: str) -> str:
+    """For a process with so many virtual devices."""
+    count = f"--xla_force_host_platform_device_count={devices}"
+    return " ".join((count, f"--xla_backend_extra_options={OLD_EMITTERS}", *more))
