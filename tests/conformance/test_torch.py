@@ -8,6 +8,9 @@ import numpy as np
 from tables import exact, sample
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 l1 = eqxreg.MaxNorm(5.0, axis="unit", ord=1)
 
 

@@ -14,6 +14,9 @@ import pytest
 from tables import LAYERS, assert_close
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 X = jnp.linspace(-1.0, 1.0, 4)
 FIRST = eqxreg.select(
     eqx.nn.Linear,

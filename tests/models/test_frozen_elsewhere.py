@@ -13,7 +13,7 @@ from tables import assert_close
 
 
 # Averages and casts of numbers and integers are not clean under strict promotion.
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "standard_promotion")
 
 X = jnp.linspace(-1.0, 1.0, 4)
 FIRST = eqxreg.select(where=lambda path, *_: "layers[0]" in path)

@@ -7,6 +7,9 @@ import eqxreg
 import pytest
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 ROOT = pathlib.Path(__file__).parents[2]
 # `jaxtyping` is what its import hook adds to the modules that it checks.
 PUBLIC = {n for n in vars(eqxreg) if not n.startswith("_")} - {"jaxtyping"}

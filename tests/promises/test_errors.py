@@ -11,6 +11,9 @@ import pytest
 from tables import Own
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 KEY = jax.random.key(0)
 LINEAR = eqx.nn.Linear(4, 3, key=KEY)
 MIXED = "all positive.*jnp.abs"

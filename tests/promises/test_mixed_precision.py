@@ -12,7 +12,7 @@ from quick import jit
 from tables import exact, sample
 
 
-pytestmark = pytest.mark.usefixtures("standard_promotion", "x64")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "standard_promotion", "x64")
 
 RATE, STEPS, SHAPE = 0.1, 20, (40, 30)
 

@@ -17,6 +17,9 @@ from quick import jit
 from tables import sample
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 SHAPE = (64, 32)
 
 # What a step does with weights.

@@ -14,6 +14,9 @@ from quick import jit
 from tables import assert_close, each_kind, sample
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 MAPS = each_kind()
 each_map = pytest.mark.parametrize("name", list(MAPS))
 

@@ -9,7 +9,7 @@ import pytest
 from quick import jit
 
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "standard_promotion")
 
 RATE = 0.1
 

@@ -11,6 +11,9 @@ from quick import filter_jit, jit
 from tables import Own, assert_close, exact
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 X = jnp.linspace(-1.0, 1.0, 4)
 
 
