@@ -24,6 +24,7 @@ import equinox as eqx
 import jax
 import jaxtyping
 import pytest
+import quick
 
 
 @pytest.fixture(autouse=True)
@@ -68,9 +69,8 @@ def unchecked():
 def quick_compilation():
     """For tests of programs and to tolerances, and what they do one by one; see
     `quick.py`."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with quick.compilation():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,9 +1,12 @@
 """Compiling quickly, for tests of programs and to tolerances.
 
-Tests of bits and of costs compile with `jax.jit` and `eqx.filter_jit`, as users do.
+Tests of bits and of costs compile with `jax.jit` and `eqx.filter_jit`, as users do, and so
+do those of large convolutions, which such programs do ten times as slowly.
 """
 
+import contextlib
 import functools as ft
+from collections.abc import Iterator
 
 import equinox as eqx
 import jax
@@ -18,6 +21,16 @@ _OPTIONS = {
 
 jit = ft.partial(jax.jit, compiler_options=_OPTIONS)
 filter_jit = ft.partial(eqx.filter_jit, compiler_options=_OPTIONS)
+
+
+@contextlib.contextmanager
+def compilation() -> Iterator[None]:
+    """All that is compiled meanwhile, operations one by one too."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def check_derivatives(function, arguments, eps=1e-4):

@@ -1,13 +1,12 @@
 """What the documentation shows runs as printed."""
 
+import contextlib
 import pathlib
 import re
 
 import eqxreg
 import pytest
-
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+import quick
 
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -15,6 +14,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 PUBLIC = {n for n in vars(eqxreg) if not n.startswith("_")} - {"jaxtyping"}
 # Lines of other libraries are marked `py` or `julia` there, and not run.
 RECIPES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/recipes/*.md"))
+
+# Convolves images of 64 x 64.
+LARGE = "docs/recipes/spectral.md"
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -26,8 +28,10 @@ def blocks(page: str, language: str) -> list[str]:
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_examples_run_in_the_order_of_the_page(page):
     names: dict = {}
-    for block in blocks(page, "python"):
-        exec(compile(block, page, "exec"), names)
+    is_quick = page != LARGE
+    with quick.compilation() if is_quick else contextlib.nullcontext():
+        for block in blocks(page, "python"):
+            exec(compile(block, page, "exec"), names)
     assert "eqxreg" in names
 
 
