@@ -1,8 +1,12 @@
 """What the compiler is told in `XLA_FLAGS`, which each process reads once."""
 
-OLD_EMITTERS = "xla_cpu_disable_new_fusion_emitters"
-"""Until JAX 0.10: machine code is made in half the time, by the emitters before the
-default ones. Later compilers have only one kind, and take no notice."""
+_SHARED = (
+    # Until JAX 0.10: machine code is made in half the time, by the emitters before the
+    # default ones. Later compilers have only one kind, and take no notice.
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+    # Each program in one piece: the tests themselves run side by side.
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 QUICK = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
@@ -13,4 +17,4 @@ QUICK = (
 def flags(devices: int, *more: str) -> str:
     """For a process with so many virtual devices."""
     count = f"--xla_force_host_platform_device_count={devices}"
-    return " ".join((count, f"--xla_backend_extra_options={OLD_EMITTERS}", *more))
+    return " ".join((count, *_SHARED, *more))
