@@ -1,7 +1,7 @@
 """Compiling quickly, for tests of programs and to tolerances.
 
-Tests of bits and of costs compile with `jax.jit` and `eqx.filter_jit`, as users do, and so
-do those of large convolutions, which such programs do ten times as slowly.
+Tests of bits and of costs compile with `jax.jit` and `eqx.filter_jit`, as users do, and
+so do those of large convolutions, which such programs do ten times as slowly.
 """
 
 import contextlib

@@ -5,6 +5,7 @@ import eqxreg
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from tables import exact, sample
 
 

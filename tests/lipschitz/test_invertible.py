@@ -122,7 +122,8 @@ def test_a_residual_network_is_trained_saved_loaded_and_inverted(name, key, tmp_
     of_original = filter_jit(eqx.nn.inference_mode(block))
     for model in (in_inference, baked):
         call = filter_jit(lambda x, model=model: model(x, loaded_state)[0])
-        assert_close(call(x), of_original(x, state)[0])
+        # Each finds the norms anew, and stops where a step gains as little.
+        assert_close(call(x), of_original(x, state)[0], tolerance=1e-4)
     # Of the two, which are one function, the one that measures no norms at each call.
     np.testing.assert_allclose(inverse(call, call(x)), x, atol=1e-5)
     # The bounds hold, and were needed.
