@@ -17,10 +17,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import sharded
 from common.mesh import share_of_a_device
 from flags import QUICK, flags
 from jax.sharding import NamedSharding, PartitionSpec as P
-from trainer import Outcome, assert_one_line, strict_json
+from trainer import Outcome, assert_one_line, run_of, strict_json
 
 
 TRAINER = Path(__file__).parents[2] / "examples" / "sharded.py"
@@ -204,8 +205,9 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(
     ],
 )
 def test_what_does_not_fit_is_one_clear_line(
-    launch: Launch, runs: dict[str, Path], arguments, message: str, code: int
+    runs: dict[str, Path], arguments, message: str, code: int
 ):
-    child = launch(*WHOLE, "--out", runs["halfway"], *arguments, devices=8)
-    assert_one_line(outcome(child), message, code)
+    given = (*TINY, *WHOLE, "--out", runs["halfway"], *arguments)
+    ended = run_of(sharded.ShardedFlags, sharded.train, *given)
+    assert_one_line(ended, message, code)
     assert (runs["halfway"] / "checkpoints" / "4").is_dir()
